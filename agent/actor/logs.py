@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
 
 SECRET_WORDS = ("password", "secret", "token", "authorization", "api_key", "cookie", "entropy")
 
@@ -14,9 +17,7 @@ SECRET_WORDS = ("password", "secret", "token", "authorization", "api_key", "cook
 def configure_logs(*, level: str = "info", json: bool = False) -> None:
     """Write events to standard error: JSON lines, or `key=value` for a terminal. Call once, at the start of main."""
     render: Any = (
-        structlog.processors.JSONRenderer()
-        if json
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        structlog.processors.JSONRenderer() if json else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
     structlog.configure(
         processors=[
@@ -32,7 +33,7 @@ def configure_logs(*, level: str = "info", json: bool = False) -> None:
     )
 
 
-def mask_secrets(_logger: Any, _method: str, event: dict[str, Any]) -> dict[str, Any]:
+def mask_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Replace the value of every key that names a secret; a second fence, not an excuse to log one."""
     for key in event:
         if any(word in key.lower() for word in SECRET_WORDS):

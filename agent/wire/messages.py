@@ -23,7 +23,7 @@ class _Frame(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """Positional on the wire; an element too many or too few is refused."""
 
 
-class Hello(_Frame, tag=0):
+class Hello(_Frame, frozen=True, tag=0):
     """First frame of both sides. `initial_credit`: DATA bytes the receiver may send on each new stream.
     `max_streams`: streams the sender serves at once (0 from an opener)."""
 
@@ -33,7 +33,7 @@ class Hello(_Frame, tag=0):
     max_streams: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
 
 
-class Open(_Frame, tag=1):
+class Open(_Frame, frozen=True, tag=1):
     """Opener asks for `method`. `timeout_ms`: what is left until the asker's deadline, 0 for none; the server gives
     up by itself then. Ids grow strictly."""
 
@@ -43,7 +43,7 @@ class Open(_Frame, tag=1):
     timeout_ms: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 
 
-class Data(_Frame, tag=2):
+class Data(_Frame, frozen=True, tag=2):
     """Bytes of a stream, both ways, within the credit the receiver granted. What a `channel` means is the method's."""
 
     stream: StreamId
@@ -51,20 +51,20 @@ class Data(_Frame, tag=2):
     data: Annotated[bytes, msgspec.Meta(min_length=1, max_length=limits.MAX_DATA_BYTES)]
 
 
-class End(_Frame, tag=3):
+class End(_Frame, frozen=True, tag=3):
     """Opener has no more DATA for this stream. (The server's end is its REPLY or FAULT.)"""
 
     stream: StreamId
 
 
-class Reply(_Frame, tag=4):
+class Reply(_Frame, frozen=True, tag=4):
     """The server's success: last frame of the stream."""
 
     stream: StreamId
     body: Body
 
 
-class Failure(_Frame, tag=5):
+class Failure(_Frame, frozen=True, tag=5):
     """The server's failure: last frame of the stream. `message` is fit for the end user."""
 
     stream: StreamId
@@ -74,32 +74,32 @@ class Failure(_Frame, tag=5):
     details: Body
 
 
-class Credit(_Frame, tag=6):
+class Credit(_Frame, frozen=True, tag=6):
     """The receiver of DATA read `amount` bytes: the sender may send that many more."""
 
     stream: StreamId
     amount: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_CREDIT)]
 
 
-class Cancel(_Frame, tag=7):
+class Cancel(_Frame, frozen=True, tag=7):
     """Opener wants no answer any more. The server stops the work and still answers (usually FAULT `cancelled`)."""
 
     stream: StreamId
 
 
-class Ping(_Frame, tag=8):
+class Ping(_Frame, frozen=True, tag=8):
     """Is the peer alive? At most one may be unanswered."""
 
     nonce: Nonce
 
 
-class Pong(_Frame, tag=9):
+class Pong(_Frame, frozen=True, tag=9):
     """Answer to the PING with this nonce."""
 
     nonce: Nonce
 
 
-class Goaway(_Frame, tag=10):
+class Goaway(_Frame, frozen=True, tag=10):
     """The sender takes (server) or opens (opener) no new streams; open ones go on to their end."""
 
     code: Name
