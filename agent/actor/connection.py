@@ -1,0 +1,134 @@
+"""Drives a `Link` over a Trio stream: one reader, one writer, one timer; the base of both kinds of peer.
+
+Owns: the stream, the link's state. Owned by: the nursery that runs `run`.
+Emits: `closed` (event) with `reason`. Dies when: the peer goes, breaks the protocol, stays silent, does not read
+what we owe it, or `close` is called; `run` then returns, it raises only for bugs.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING
+
+import trio
+
+from agent.wire.faults import RemoteProtocolError
+
+if TYPE_CHECKING:
+    from agent.wire.link import Link
+    from agent.wire.messages import Frame
+
+HIGH_WATER_BYTES = 512 * 1024
+"""Queued output above which senders of DATA and answers wait for the writer."""
+
+OUTPUT_LIMIT_BYTES = 32 * 1024 * 1024
+"""Queued output (small frames are never held back) at which a peer that does not read is dropped."""
+
+
+class Connection(abc.ABC):
+    """One live connection. Subclasses act on frames and on the end."""
+
+    def __init__(self, stream: trio.abc.Stream, link: Link) -> None:
+        self.link = link
+        self.closed = trio.Event()
+        self.reason = ""
+        self._stream = stream
+        self._write_wanted = trio.Event()
+        self._room = trio.lowlevel.ParkingLot()
+        self._idle = trio.lowlevel.ParkingLot()
+        self._writing = False
+        self._ready = trio.Event()
+        self._scope = trio.CancelScope()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the connection to its end; `started()` once both sides have said HELLO."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._keep_time)
+                    nursery.start_soon(self._read)
+                    await self._serve_until_closed(task_status)
+        finally:
+            self.link.close()
+            self.reason = self.reason or "closed"
+            self.closed.set()
+            self._on_closed()
+            self._room.unpark_all()
+            self._idle.unpark_all()
+            await trio.aclose_forcefully(self._stream)
+
+    async def _serve_until_closed(self, task_status: trio.TaskStatus[None]) -> None:
+        """Announce readiness; subclasses that own handler tasks open their nursery here."""
+        await self._ready.wait()
+        task_status.started()
+        await trio.sleep_forever()
+
+    def close(self, reason: str = "closed by us") -> None:
+        """End the connection now."""
+        self.reason = self.reason or reason
+        self._scope.cancel()
+
+    @abc.abstractmethod
+    def _on_frame(self, frame: Frame) -> None:
+        """Act on one checked frame; must not block and not raise."""
+
+    @abc.abstractmethod
+    def _on_closed(self) -> None:
+        """Tell everybody who waits on this connection."""
+
+    def _flush(self) -> None:
+        """Frames were queued on the link: wake the writer."""
+        self._write_wanted.set()
+        if self.link.bytes_to_send > OUTPUT_LIMIT_BYTES:
+            self.close("the peer does not read")
+
+    async def _wait_for_room(self) -> None:
+        while self.link.bytes_to_send > HIGH_WATER_BYTES and not self.closed.is_set():
+            await self._room.park()
+
+    async def _wait_until_written(self) -> None:
+        while (self.link.bytes_to_send or self._writing) and not self.closed.is_set():
+            await self._idle.park()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                data = await self._stream.receive_some()
+                if not data:
+                    return self.close("the peer closed the connection")
+                for frame in self.link.receive_data(data, trio.current_time()):
+                    self._on_frame(frame)
+                if not self._ready.is_set() and self.link.peer_hello is not None:
+                    self._ready.set()
+                if self.link.bytes_to_send:
+                    self._flush()
+        except RemoteProtocolError as err:
+            self.close(f"protocol broken by the peer: {err}")
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as err:
+            self.close(f"connection lost: {err}")
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                if not self.link.bytes_to_send:
+                    self._idle.unpark_all()
+                    self._write_wanted = trio.Event()
+                    await self._write_wanted.wait()
+                self._writing = True
+                data = self.link.data_to_send()
+                self._room.unpark_all()
+                await self._stream.send_all(data)
+                self._writing = False
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as err:
+            self.close(f"connection lost: {err}")
+
+    async def _keep_time(self) -> None:
+        try:
+            while True:
+                await trio.sleep_until(self.link.next_timer())
+                self.link.handle_timer(trio.current_time())
+                if self.link.bytes_to_send:
+                    self._flush()
+        except RemoteProtocolError as err:
+            self.close(str(err))
