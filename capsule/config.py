@@ -1,0 +1,105 @@
+"""Settings of the control plane: `CAPSULE_…` variables, with a `.env` file beneath them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from agent.actor.settings import SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PREFIX = "CAPSULE_"
+
+MIN_SECRET_KEY = 32
+"""Characters. Everything signed or encrypted hangs on this key; 32 hex digits are 128 bits."""
+
+HOW_TO_MAKE_A_KEY = "make one with: python3 -c 'import secrets; print(secrets.token_hex(32))'"
+
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Factor = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an operator can set. `CAPSULE_DATABASE_URL` and `CAPSULE_SECRET_KEY` have no default."""
+
+    database_url: str
+    """postgresql://… of the database that holds everything."""
+    secret_key: Annotated[str, msgspec.Meta(min_length=MIN_SECRET_KEY)]
+    """Root of every signature and of the encryption of the CA's private key. All control planes of one database
+    share it; with another one hosts and sessions must be enrolled afresh."""
+    bind: str = "127.0.0.1:8080"
+    """host:port the HTTP server listens on."""
+    public_url: str = ""
+    """How browsers and agents reach us; empty for http://<bind>."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_json: bool = False
+    create_timeout: Seconds = 120.0
+    """Seconds a create may take, from the request to a running sandbox."""
+    call_timeout: Seconds = 30.0
+    """Seconds for every other short call to an agent."""
+    connect_timeout: Seconds = 5.0
+    """Seconds for dialling an agent: TCP, TLS and the peer's HELLO."""
+    link_idle_timeout: Seconds = 300.0
+    """Seconds after which an unused link to an agent is closed."""
+    heartbeat_interval: Seconds = 30.0
+    """Seconds between the heartbeats of an agent."""
+    heartbeat_timeout: Seconds = 90.0
+    """Seconds of silence after which a host counts as unreachable: three heartbeats."""
+    shutdown_timeout: Seconds = 30.0
+    """Seconds a shutdown may take before the process ends anyhow."""
+    vcpu_overcommit: Factor = 8.0
+    """Virtual CPUs sold per core: sandboxes idle most of the time."""
+    memory_overcommit: Factor = 1.0
+    """Memory is not sold twice unless asked: a host that runs out of it kills guests."""
+    disk_overcommit: Factor = 4.0
+    """Overlays are sparse; few sandboxes fill their disk."""
+
+    @property
+    def bind_address(self) -> tuple[str, int]:
+        """Host and port of `bind`."""
+        return split_address(self.bind)
+
+    @property
+    def url(self) -> str:
+        """Base URL of the API for users and agents, without a slash at the end."""
+        return self.public_url.rstrip("/") or f"http://{self.bind}"
+
+    def derive_key(self, purpose: str) -> bytes:
+        """32 bytes for one purpose; keys of two purposes tell nothing about each other (HKDF, RFC 5869)."""
+        info = b"capsule/" + purpose.encode()
+        return HKDF(SHA256(), length=32, salt=None, info=info).derive(self.secret_key.encode())
+
+    def __repr__(self) -> str:
+        """Keep the key and the database's password out of tracebacks and logs."""
+        return f"Settings(bind={self.bind!r}, public_url={self.public_url!r})"
+
+
+def load(values: Mapping[str, str]) -> Settings:
+    """Settings from environment variables; SettingsError names the variable and says what to do."""
+    if len(values.get(PREFIX + "SECRET_KEY", "")) < MIN_SECRET_KEY:
+        raise SettingsError(f"{PREFIX}SECRET_KEY must be at least {MIN_SECRET_KEY} characters; {HOW_TO_MAKE_A_KEY}")
+    settings = load_settings(Settings, values, prefix=PREFIX)
+    try:
+        split_address(settings.bind)
+    except ValueError as err:
+        raise SettingsError(f"{PREFIX}BIND: {err}") from err
+    if settings.public_url and urlsplit(settings.public_url).scheme not in {"http", "https"}:
+        raise SettingsError(f"{PREFIX}PUBLIC_URL must start with http:// or https://")
+    return settings
+
+
+def split_address(text: str) -> tuple[str, int]:
+    """`host:port` or `[v6]:port` in two parts; ValueError says what is wrong."""
+    host, separator, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not separator or not host or ("[" in host or "]" in host) or (":" in host and not text.startswith("[")):
+        raise ValueError(f"{text!r} is not host:port (an IPv6 address goes into brackets)")
+    if not (port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 65536):
+        raise ValueError(f"{port!r} is not a port (at most 65535)")
+    return host, int(port)

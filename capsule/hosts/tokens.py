@@ -1,0 +1,104 @@
+"""The three secrets of a host: registration token (once, one hour), refresh token (60 days, rotating), JWT (7 days).
+
+The first two are random and kept as SHA-256; they have 256 bits, so a plain hash is enough. The JWT is signed with a key
+of its own: no user session is ever a host token, nor the other way round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import jwt
+
+from capsule.errors import Unauthorized
+
+if TYPE_CHECKING:
+    from capsule.config import Settings
+
+REGISTRATION_LIFETIME = timedelta(hours=1)
+REFRESH_LIFETIME = timedelta(days=60)
+HOST_TOKEN_LIFETIME = timedelta(days=7)
+
+REGISTRATION_PREFIX = "htok-"
+REFRESH_PREFIX = "hrt-"
+
+KEY_PURPOSE = "host-token"
+ALGORITHM = "HS256"
+TYPE = "host"
+MAX_TOKEN_CHARACTERS = 2048
+"""Ours have about 300; more is not worth decoding."""
+
+_SECRET = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class HostClaims:
+    """What a sound host JWT says. `family` is the line of refresh tokens it came with: it dies with that line."""
+
+    host_id: UUID
+    family: UUID
+
+
+def new_registration_token() -> str:
+    """`htok-` and 64 hex digits."""
+    return REGISTRATION_PREFIX + secrets.token_hex(32)
+
+
+def new_refresh_token() -> str:
+    """`hrt-` and 64 hex digits."""
+    return REFRESH_PREFIX + secrets.token_hex(32)
+
+
+def is_well_formed(token: str, prefix: str) -> bool:
+    """Whether `token` could be one of ours at all."""
+    return token.startswith(prefix) and _SECRET.fullmatch(token, len(prefix)) is not None
+
+
+def digest(token: str) -> bytes:
+    """What is stored of a random token: SHA-256, 32 bytes."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+class HostTokens:
+    """Signs and checks host JWTs. Whether host and family still live is asked of the database, by the caller."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._key = settings.derive_key(KEY_PURPOSE)
+
+    def issue(self, host_id: UUID, family: UUID, *, now: datetime | None = None) -> str:
+        """A JWT for `host_id`, good for seven days."""
+        now = now or datetime.now(UTC)
+        claims: dict[str, Any] = {
+            "sub": str(host_id),
+            "typ": TYPE,
+            "fam": str(family),
+            "iat": now,
+            "exp": now + HOST_TOKEN_LIFETIME,
+            "jti": str(uuid4()),
+        }
+        return jwt.encode(claims, self._key, ALGORITHM)
+
+    def check(self, token: str) -> HostClaims:
+        """The claims of a token that we signed and that has not expired; Unauthorized otherwise."""
+        if len(token) > MAX_TOKEN_CHARACTERS:
+            raise Unauthorized("the host token is not valid")
+        try:
+            claims = jwt.decode(
+                token,
+                self._key,
+                [ALGORITHM],
+                options={"require": ["sub", "typ", "fam", "iat", "exp"]},
+            )
+            if claims["typ"] != TYPE:
+                raise Unauthorized("the token is not a host's")
+            return HostClaims(UUID(claims["sub"]), UUID(str(claims["fam"])))
+        except jwt.ExpiredSignatureError as err:
+            raise Unauthorized("the host token has expired: refresh it") from err
+        except (jwt.InvalidTokenError, ValueError) as err:
+            raise Unauthorized("the host token is not valid") from err
