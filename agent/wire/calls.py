@@ -1,0 +1,143 @@
+"""What the agent serves: methods, and the shapes of their bodies (msgpack maps; absent optional fields are left out).
+
+| method | body | reply |
+| --- | --- | --- |
+| `host.describe` | – | HostDescription |
+| `host.list` | – | HostListing |
+| `host.watch` | – | never; a DATA notice on channel 3 whenever the listing changed |
+| `host.acknowledge` | Acknowledge | – |
+| `sandbox.create` | CreateSandbox | SandboxState; the same id again gives the same sandbox |
+| `sandbox.destroy` | SandboxRef | – ; also when it is gone already |
+| `sandbox.ping` | SandboxRef | – |
+| guest methods of docs/protocol.md | their body plus `sandbox_id` | theirs |
+
+Units: memory and disk in MiB, times in seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from agent.wire.faults import Fault, FaultCode
+
+SandboxId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+"""The UUID alone, lower case: it names directories on the host."""
+
+TemplateName = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
+
+GUEST_METHODS = frozenset(
+    {
+        "exec",
+        "processes.list",
+        "processes.signal",
+        "files.read",
+        "files.write",
+        "files.list",
+        "files.stat",
+        "files.mkdir",
+        "files.remove",
+    }
+)
+"""Guest methods that the control plane may ask for; the others are the agent's own business."""
+
+STDIN_CHANNEL, STDOUT_CHANNEL, STDERR_CHANNEL, NOTICE_CHANNEL = 0, 1, 2, 3
+CONTENT_CHANNEL = 0
+
+
+class _Body(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """Unknown fields are ignored, so that either side may be newer."""
+
+
+class SandboxRef(_Body, frozen=True, kw_only=True):
+    """Names a sandbox."""
+
+    sandbox_id: SandboxId
+
+
+class CreateSandbox(_Body, frozen=True, kw_only=True):
+    """Make a sandbox from a template. `envs` are defaults for every exec; they never touch the host's disk."""
+
+    sandbox_id: SandboxId
+    template: TemplateName
+    vcpus: Annotated[int, msgspec.Meta(ge=1, le=256)]
+    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=2**22)]
+    hostname: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    envs: dict[str, str] = {}
+
+
+class SandboxState(_Body, frozen=True, kw_only=True):
+    """A sandbox as its host knows it. `status`: starting, running or stopping."""
+
+    sandbox_id: SandboxId
+    status: str
+    vcpus: int
+    memory_mb: int
+    disk_mb: int
+    host_ip: str = ""
+    started_at: float = 0.0
+    last_active_at: float = 0.0
+
+
+class OutboxEntry(_Body, frozen=True, kw_only=True):
+    """Something the host did or saw by itself, kept until acknowledged. `sequence` grows for the host's whole life."""
+
+    sequence: int
+    sandbox_id: SandboxId
+    event: Literal["died", "destroyed"]
+    reason: str
+    at: float
+
+
+class HostListing(_Body, frozen=True, kw_only=True):
+    """Everything that lives on the host, and everything it has to tell."""
+
+    sandboxes: list[SandboxState] = []
+    outbox: list[OutboxEntry] = []
+
+
+class Acknowledge(_Body, frozen=True, kw_only=True):
+    """Entries up to and including `sequence` are safe in the control plane's database."""
+
+    sequence: int
+
+
+class TemplateDescription(_Body, frozen=True, kw_only=True):
+    """A base image that the host can start from."""
+
+    name: str
+    digest: str
+    disk_mb: int
+    size_bytes: int
+    platform: str
+    created_at: float
+
+
+class HostDescription(_Body, frozen=True, kw_only=True):
+    """What the host is and has."""
+
+    version: str
+    driver: str
+    cpu_cores: int
+    memory_mb: int
+    disk_mb: int
+    disk_free_mb: int
+    templates: list[TemplateDescription] = []
+
+
+B = TypeVar("B", bound=msgspec.Struct)
+
+
+def parse(kind: type[B], body: dict[str, Any]) -> B:
+    """A body as `kind`. Raises Fault `invalid_argument` naming the field."""
+    try:
+        return msgspec.convert(body, kind)
+    except msgspec.ValidationError as err:
+        raise Fault(FaultCode.INVALID_ARGUMENT, str(err)) from err
+
+
+def body_of(struct: msgspec.Struct) -> dict[str, Any]:
+    """`struct` as a body."""
+    body: dict[str, Any] = msgspec.to_builtins(struct)
+    return body
