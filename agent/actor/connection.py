@@ -64,6 +64,10 @@ class Connection(abc.ABC):
         task_status.started()
         await trio.sleep_forever()
 
+    async def ready(self) -> None:
+        """Wait until both sides have said HELLO."""
+        await self._ready.wait()
+
     def close(self, reason: str = "closed by us") -> None:
         """End the connection now."""
         self.reason = self.reason or reason

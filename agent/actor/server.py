@@ -15,7 +15,6 @@ import trio
 
 from agent.actor.connection import Connection
 from agent.actor.inbox import Inbox
-from agent.actor.peer import lost
 from agent.wire import limits
 from agent.wire.faults import Fault, FaultCode, LocalProtocolError
 from agent.wire.link import Link, Role
@@ -126,7 +125,7 @@ class ServedStream:
         while view:
             await self._peer._wait_for_room()  # noqa: SLF001
             if self._peer.closed.is_set():
-                raise lost(self._peer.reason)
+                await trio.sleep_forever()  # the connection's nursery is cancelling this handler
             credit = self._peer.link.send_credit(self.number)
             if credit == 0:
                 self._credit = trio.Event()

@@ -2,13 +2,13 @@
 
 | method | body | reply |
 | --- | --- | --- |
-| `host.describe` | – | HostDescription |
-| `host.list` | – | HostListing |
-| `host.watch` | – | never; a DATA notice on channel 3 whenever the listing changed |
-| `host.acknowledge` | Acknowledge | – |
+| `host.describe` | - | HostDescription |
+| `host.list` | - | HostListing |
+| `host.watch` | - | never; a DATA notice on channel 3 whenever the listing changed |
+| `host.acknowledge` | Acknowledge | - |
 | `sandbox.create` | CreateSandbox | SandboxState; the same id again gives the same sandbox |
-| `sandbox.destroy` | SandboxRef | – ; also when it is gone already |
-| `sandbox.ping` | SandboxRef | – |
+| `sandbox.destroy` | SandboxRef | - ; also when it is gone already |
+| `sandbox.ping` | SandboxRef | - |
 | guest methods of docs/protocol.md | their body plus `sandbox_id` | theirs |
 
 Units: memory and disk in MiB, times in seconds since the epoch.
@@ -68,7 +68,8 @@ class CreateSandbox(_Body, frozen=True, kw_only=True):
 
 
 class SandboxState(_Body, frozen=True, kw_only=True):
-    """A sandbox as its host knows it. `status`: starting, running or stopping."""
+    """A sandbox as its host knows it. `status`: starting, running or stopping.
+    `timings_ms`: what each step of the start took; empty for an adopted sandbox."""
 
     sandbox_id: SandboxId
     status: str
@@ -78,6 +79,7 @@ class SandboxState(_Body, frozen=True, kw_only=True):
     host_ip: str = ""
     started_at: float = 0.0
     last_active_at: float = 0.0
+    timings_ms: dict[str, float] = {}
 
 
 class OutboxEntry(_Body, frozen=True, kw_only=True):

@@ -1,0 +1,180 @@
+"""Making one sandbox, step by step: slot, overlay, VM, guest. What each step made is noted in `Made` at once, so that
+whoever takes the sandbox down knows what there is, however far the build came."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+import trio
+
+from agent.images.errors import ImageError
+from agent.net.addresses import GUEST_MAC, slot_addresses
+from agent.net.errors import NetworkError
+from agent.sandboxes.records import ProcessRecord, Record
+from agent.storage.overlay import OverlayError
+from agent.vmm.driver import Vm, VmmError, VmSpec
+from agent.wire.faults import Fault, FaultCode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.guest.driver import Guest
+    from agent.sandboxes.parts import HostParts
+
+log = structlog.get_logger()
+
+DISK_FILE = "disk.qcow2"
+ENTROPY_BYTES = 64
+CONFIGURE_TIMEOUT = 10.0
+
+
+@dataclass
+class Made:
+    """What exists of a sandbox on this host."""
+
+    record: Record
+    slot: int = 0
+    vm: Vm | None = None
+    guest: Guest | None = None
+    timings_ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Time one step."""
+        began = time.perf_counter()
+        yield
+        self.timings_ms[name] = round((time.perf_counter() - began) * 1000, 1)
+
+
+async def save(parts: HostParts, made: Made, **changes: object) -> None:
+    """Change the record, on disk first."""
+    record = msgspec.structs.replace(made.record, **changes)
+    await trio.to_thread.run_sync(parts.state.save, record)
+    made.record = record
+
+
+async def build(parts: HostParts, made: Made, *, envs: dict[str, str], nursery: trio.Nursery) -> None:
+    """Make everything; the guest answers when this returns. Raises Fault; cancellable at any point.
+
+    `nursery` gets the guest link's task.
+    """
+    try:
+        with made.step("queue"):
+            await parts.boots.acquire()
+        try:
+            await _boot(parts, made)
+            with made.step("guest"):
+                await _greet(parts, made, envs, nursery)
+        finally:
+            parts.boots.release()
+        await save(parts, made, phase="running", started_at=time.time())
+    except (NetworkError, OverlayError, VmmError, ImageError, OSError) as err:
+        raise as_fault(err) from err
+
+
+async def _boot(parts: HostParts, made: Made) -> None:
+    directory = parts.state.directory(made.record.sandbox_id)
+    with made.step("slot"):
+        slot = await parts.slots.acquire()
+        made.slot = slot.number
+        await save(parts, made, slot=slot.number)
+    with made.step("overlay"):
+        image = await trio.to_thread.run_sync(parts.images.load, made.record.template)
+        await parts.overlays.create(image.rootfs, directory / DISK_FILE, made.record.disk_mb)
+    with made.step("vmm"):
+        tap = await parts.slot_backend.open_tap(made.slot)
+        try:
+            made.vm = await parts.vms.boot(spec(parts, made.record, tap_fd=tap))
+        finally:
+            os.close(tap)
+        process = made.vm.process
+        await save(parts, made, process=ProcessRecord(process.pid, process.start_time))
+
+
+async def _greet(parts: HostParts, made: Made, envs: dict[str, str], nursery: trio.Nursery) -> None:
+    """Wait for the guest daemon and tell it who it is."""
+    assert made.vm is not None  # noqa: S101 - booted just now
+    guest = connect(parts, made, nursery)
+    deadline = trio.current_time() + parts.guest_timeout
+    try:
+        await guest.wait_connected(deadline)
+    except Fault as err:
+        console = await made.vm.console_tail()
+        log.warning("guest_silent", sandbox_id=made.record.sandbox_id, console=console[-2000:])
+        raise Fault(
+            FaultCode.UNAVAILABLE, f"the guest did not come up in {parts.guest_timeout:g} s", retryable=True
+        ) from err
+    await guest.call(
+        "configure",
+        {
+            "hostname": made.record.hostname,
+            "dns": list(parts.guest_dns),
+            "envs": envs,
+            "time_ns": time.time_ns(),
+            "entropy": os.urandom(ENTROPY_BYTES),
+        },
+        timeout=CONFIGURE_TIMEOUT,
+    )
+
+
+def connect(parts: HostParts, made: Made, nursery: trio.Nursery) -> Guest:
+    """Start the link to the guest daemon in `nursery`."""
+    guest = made.guest = parts.connect_guest(slot_addresses(made.slot).host_ip)
+    nursery.start_soon(guest.run)
+    return guest
+
+
+def spec(parts: HostParts, record: Record, *, tap_fd: int) -> VmSpec:
+    """The VM of a record. Each slot has a user of its own, so one VMM cannot touch another's files or process."""
+    directory = parts.state.directory(record.sandbox_id)
+    return VmSpec(
+        sandbox_id=record.sandbox_id,
+        directory=directory,
+        vcpus=record.vcpus,
+        memory_mb=record.memory_mb,
+        kernel=Path(record.kernel),
+        initramfs=Path(record.initramfs),
+        disk=directory / DISK_FILE,
+        disk_format="qcow2",
+        tap_fd=tap_fd,
+        mac=GUEST_MAC,
+        uid=parts.uid_base + record.slot,
+        gid=parts.uid_base + record.slot,
+    )
+
+
+async def unmake(parts: HostParts, made: Made) -> None:
+    """Take down whatever there is, the VM first: its disk and tap are in use until it is gone. Safe to repeat."""
+    await save(parts, made, phase="removing")
+    if made.vm is not None:
+        await made.vm.kill()
+        made.vm = None
+    directory = parts.state.directory(made.record.sandbox_id)
+    await parts.overlays.remove(directory / DISK_FILE)
+    if made.slot:
+        parts.slots.release(made.slot)
+        made.slot = 0
+    await trio.to_thread.run_sync(partial(parts.state.forget, made.record.sandbox_id))
+
+
+def as_fault(err: Exception) -> Fault:
+    """A driver's failure in the words of the wire. The message names no path of the host."""
+    name = type(err).__name__
+    log.warning("sandbox_step_failed", error=name, message=str(err))
+    match name:
+        case "NoFreeSlots":
+            return Fault(FaultCode.NO_CAPACITY, "this host has no free network slot", retryable=True)
+        case "OverlayDiskFull":
+            return Fault(FaultCode.NO_CAPACITY, "this host's disk is full", retryable=True)
+        case "ImageNotFound":
+            return Fault(FaultCode.NOT_FOUND, "this host does not have the template")
+        case _:
+            return Fault(FaultCode.INTERNAL, f"the host could not start the sandbox ({name})", retryable=True)

@@ -1,0 +1,123 @@
+"""The agent's side of the wire: each method of `agent.wire.calls`, thin, over the manager and the guest links.
+
+A handler only waits. What it asks for is owned by the sandbox's actor and goes on when the control plane's connection
+breaks; a call into a guest ends with its caller.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import trio
+
+from agent.wire.calls import (
+    GUEST_METHODS,
+    NOTICE_CHANNEL,
+    Acknowledge,
+    CreateSandbox,
+    HostDescription,
+    SandboxRef,
+    body_of,
+    parse,
+)
+from agent.wire.faults import Fault, FaultCode
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from agent.actor.peer import OpenedStream
+    from agent.actor.server import ServedStream
+    from agent.sandboxes.manager import Manager
+    from agent.sandboxes.outbox import Outbox
+
+
+class Handlers:
+    """`Handlers(...)` is a `server.Handler`."""
+
+    def __init__(self, manager: Manager, outbox: Outbox, describe: Callable[[], Awaitable[HostDescription]]) -> None:
+        self._manager = manager
+        self._outbox = outbox
+        self._describe = describe
+
+    async def __call__(self, method: str, body: dict[str, Any], stream: ServedStream) -> dict[str, Any]:
+        """Answer one request."""
+        if method in GUEST_METHODS:
+            return await self._call_guest(method, body, stream)
+        match method:
+            case "host.describe":
+                return body_of(await self._describe())
+            case "host.list":
+                return body_of(self._manager.listing())
+            case "host.watch":
+                return await self._watch(stream)
+            case "host.acknowledge":
+                await self._outbox.acknowledge(parse(Acknowledge, body).sequence)
+                return {}
+            case "sandbox.create":
+                sandbox = self._manager.create(parse(CreateSandbox, body))
+                return body_of(await sandbox.started.wait(deadline=stream.deadline))
+            case "sandbox.destroy":
+                await self._manager.destroy(parse(SandboxRef, body).sandbox_id, deadline=stream.deadline)
+                return {}
+            case "sandbox.ping":
+                self._manager.find(parse(SandboxRef, body).sandbox_id).guest()
+                return {}
+            case _:
+                raise Fault(FaultCode.UNKNOWN_METHOD, f"this agent does not know {method}")
+
+    async def _watch(self, stream: ServedStream) -> dict[str, Any]:
+        """A notice per change, as fast as the watcher reads; changes in between melt into one."""
+        version = -1
+        while True:
+            version = await self._manager.wait_changed(version)
+            await stream.send(msgspec.msgpack.encode({"version": version}), NOTICE_CHANNEL)
+
+    async def _call_guest(self, method: str, body: dict[str, Any], served: ServedStream) -> dict[str, Any]:
+        sandbox = self._manager.find(parse(SandboxRef, body).sandbox_id)
+        question = {key: value for key, value in body.items() if key != "sandbox_id"}
+        sandbox.guest()
+        async with sandbox.gate.enter():
+            timeout = served.deadline - trio.current_time()
+            try:
+                async with sandbox.guest().open_stream(method, question, timeout=timeout) as opened:
+                    return await _join(served, opened)
+            except Fault as fault:
+                raise _explain(fault, ended=sandbox.gone_or_going()) from fault
+            finally:
+                sandbox.touch()
+
+
+async def _join(served: ServedStream, opened: OpenedStream) -> dict[str, Any]:
+    """Pass bytes both ways until the guest's last frame; each side's credit is the only buffer."""
+
+    async def up() -> None:
+        async for channel, data in served:
+            await opened.send(data, channel)
+        await opened.end()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_quietly, up)
+        async for channel, data in opened:
+            await served.send(data, channel)
+        nursery.cancel_scope.cancel()
+    return await opened.reply()
+
+
+async def _quietly(up: Callable[[], Awaitable[None]]) -> None:
+    """A guest that went away while we sent is told by the last frame, not by the sender."""
+    try:
+        await up()
+    except Fault:
+        return
+
+
+def _explain(fault: Fault, *, ended: bool) -> Fault:
+    """A lost guest connection in words for the user."""
+    if fault.code != FaultCode.UNAVAILABLE:
+        return fault
+    if ended:
+        return Fault(FaultCode.INVALID_STATE, "the sandbox was stopped", details={"status": "stopping"})
+    return Fault(
+        FaultCode.UNAVAILABLE, "the connection into the sandbox was lost; its state is unknown", retryable=True
+    )

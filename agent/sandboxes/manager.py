@@ -1,0 +1,156 @@
+"""All sandboxes of this host.
+
+Owns: the nursery of sandbox actors, the table of them. Owned by: the daemon's nursery.
+Takes: `create`, `destroy`, `find`, `listing`; none of them waits. Emits: a growing `version`, for `host.watch`.
+Dies when: the daemon stops. The sandboxes' VMs live on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from agent.images.errors import ImageError
+from agent.sandboxes.records import Record
+from agent.sandboxes.sandbox import Sandbox
+from agent.wire.calls import CreateSandbox, HostListing
+from agent.wire.faults import Fault, FaultCode
+from agent.wire.lifecycle import Status
+
+if TYPE_CHECKING:
+    from agent.sandboxes.adoption import Adopted
+    from agent.sandboxes.parts import HostParts
+
+log = structlog.get_logger()
+
+MAX_TOMBSTONES = 4096
+"""Ids remembered as ended, so that a create that was held up on the way cannot bring one back."""
+
+
+class Manager:
+    """Everything that lives here."""
+
+    def __init__(self, parts: HostParts, *, memory_mb: int) -> None:
+        self._parts = parts
+        self._memory_mb = memory_mb
+        self._sandboxes: dict[str, Sandbox] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._nursery: trio.Nursery | None = None
+        self._draining = False
+        self.version = 0
+        self._changed = trio.Event()
+
+    async def run(
+        self, adopted: list[Adopted], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Own the actors, beginning with the adopted ones; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for one in adopted:
+                sandbox = Sandbox(self._parts, one.record, self.changed)
+                self._sandboxes[sandbox.id] = sandbox
+                nursery.start_soon(self._keep, sandbox, one)
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def _keep(self, sandbox: Sandbox, start: Adopted | dict[str, str]) -> None:
+        try:
+            if isinstance(start, dict):
+                await sandbox.run(envs=start)
+            else:
+                await sandbox.run_adopted(start.vm)
+        finally:
+            if self._sandboxes.get(sandbox.id) is sandbox:
+                del self._sandboxes[sandbox.id]
+            self.changed()
+
+    def create(self, request: CreateSandbox) -> Sandbox:
+        """The sandbox of this id, newly started unless it is there. Raises Fault without having done anything."""
+        existing = self._sandboxes.get(request.sandbox_id)
+        if existing is not None:
+            if existing.status not in {Status.STARTING, Status.RUNNING}:
+                raise Fault(FaultCode.INVALID_STATE, f"the sandbox is {existing.status}")
+            return existing
+        if request.sandbox_id in self._ended:
+            raise Fault(FaultCode.INVALID_STATE, "the sandbox was destroyed")
+        if self._draining or self._nursery is None:
+            raise Fault(FaultCode.DRAINING, "this host takes no new sandboxes", retryable=True)
+        taken = sum(sandbox.memory_mb() for sandbox in self._sandboxes.values())
+        if taken + request.memory_mb > self._memory_mb:
+            raise Fault(
+                FaultCode.NO_CAPACITY,
+                f"{request.memory_mb} MiB do not fit: {taken} of {self._memory_mb} MiB are taken on this host",
+                retryable=True,
+            )
+        sandbox = Sandbox(self._parts, self._record(request), self.changed)
+        self._sandboxes[sandbox.id] = sandbox
+        self._nursery.start_soon(self._keep, sandbox, dict(request.envs))
+        self.changed()
+        return sandbox
+
+    def _record(self, request: CreateSandbox) -> Record:
+        try:
+            image = self._parts.images.load(request.template)
+        except ImageError as err:
+            log.warning("image_not_loaded", template=request.template, error=str(err))
+            raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
+        return Record(
+            sandbox_id=request.sandbox_id,
+            phase="making",
+            template=request.template,
+            vcpus=request.vcpus,
+            memory_mb=request.memory_mb,
+            disk_mb=image.disk_mb,
+            hostname=request.hostname,
+            kernel=str(image.kernel),
+            initramfs=str(image.initramfs),
+        )
+
+    async def destroy(self, sandbox_id: str, *, deadline: float) -> None:
+        """End a sandbox and wait until nothing is left; nothing to do for one that is not here."""
+        self._ended[sandbox_id] = None
+        while len(self._ended) > MAX_TOMBSTONES:
+            self._ended.popitem(last=False)
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is not None:
+            await sandbox.destroy().wait(deadline=deadline)
+
+    def find(self, sandbox_id: str) -> Sandbox:
+        """The sandbox of this id. Fault `not_found` when it does not live here."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is None:
+            raise Fault(FaultCode.NOT_FOUND, "this host does not have the sandbox", details={"object": "sandbox"})
+        return sandbox
+
+    def listing(self) -> HostListing:
+        """What lives here, and what the outbox holds."""
+        return HostListing(
+            sandboxes=[sandbox.state() for sandbox in self._sandboxes.values()],
+            outbox=self._parts.outbox.entries(),
+        )
+
+    def drain(self) -> None:
+        """Take no new sandboxes."""
+        self._draining = True
+
+    def changed(self) -> None:
+        """The listing is different now."""
+        self.version += 1
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_changed(self, version: int) -> int:
+        """The version now, as soon as it is not `version`."""
+        while self.version == version:
+            await self._changed.wait()
+        return self.version
+
+    def statistics(self) -> dict[str, int]:
+        """Sandboxes by status."""
+        counts: dict[str, int] = {}
+        for sandbox in self._sandboxes.values():
+            counts[sandbox.status] = counts.get(sandbox.status, 0) + 1
+        return counts

@@ -1,0 +1,73 @@
+"""What the host did or saw by itself, until the control plane has it safe.
+
+Entries are durable before anything is done that would make them untrue to repeat, numbered for the host's whole life,
+and leave only by `acknowledge`: an answer lost on the way, or two readers, lose nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import trio
+
+from agent.sandboxes.records import write_atomically
+from agent.wire.calls import OutboxEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+MAX_ENTRIES = 10_000
+"""More unacknowledged entries than this host can have sandboxes: the oldest would be news to nobody."""
+
+
+class _Stored(msgspec.Struct):
+    next_sequence: int = 1
+    entries: list[OutboxEntry] = []
+
+
+class Outbox:
+    """A small file, rewritten whole: entries are rare and few."""
+
+    def __init__(self, path: Path, changed: Callable[[], None]) -> None:
+        self._path = path
+        self._changed = changed
+        self._lock = trio.Lock()
+        self._stored = _Stored()
+
+    def load(self) -> None:
+        """Read what an earlier agent left (blocking; before the loop has work)."""
+        if self._path.exists():
+            self._stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored)
+
+    def entries(self) -> list[OutboxEntry]:
+        """Everything not acknowledged yet, oldest first."""
+        return list(self._stored.entries)
+
+    async def append(self, sandbox_id: str, event: Literal["died", "destroyed"], reason: str) -> None:
+        """Add an entry; on disk when this returns."""
+        async with self._lock:
+            entry = OutboxEntry(
+                sequence=self._stored.next_sequence,
+                sandbox_id=sandbox_id,
+                event=event,
+                reason=reason[:1000],
+                at=time.time(),
+            )
+            kept = [*self._stored.entries, entry][-MAX_ENTRIES:]
+            await self._replace(_Stored(next_sequence=entry.sequence + 1, entries=kept))
+        self._changed()
+
+    async def acknowledge(self, sequence: int) -> None:
+        """Drop entries up to and including `sequence`."""
+        async with self._lock:
+            kept = [entry for entry in self._stored.entries if entry.sequence > sequence]
+            if len(kept) != len(self._stored.entries):
+                await self._replace(_Stored(next_sequence=self._stored.next_sequence, entries=kept))
+
+    async def _replace(self, stored: _Stored) -> None:
+        data = msgspec.json.encode(stored)
+        await trio.to_thread.run_sync(write_atomically, self._path, data)
+        self._stored = stored

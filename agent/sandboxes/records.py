@@ -1,0 +1,116 @@
+"""The state directory: what the agent must know again after it was killed at any moment.
+
+    <state>/lock                              held while an agent serves from here
+    <state>/outbox.json                       see outbox.py
+    <state>/sandboxes/<uuid>/record.json      one Record, replaced atomically
+    <state>/sandboxes/<uuid>/disk.qcow2, …    what belongs to that sandbox alone
+
+A record is written before anything is made for its sandbox, and its directory goes last: whatever a crash leaves
+behind is found from here. All functions block on the disk: call them in a thread.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import structlog
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+log = structlog.get_logger()
+
+RECORD_FILE = "record.json"
+
+
+class ProcessRecord(msgspec.Struct, frozen=True):
+    """Identity of a VMM process: pid, and start time in clock ticks since boot."""
+
+    pid: int
+    start_time: int
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one sandbox. `phase` tells a restarted agent what to do:
+
+    making, removing: take down what is there; running: adopt it. `slot` 0: none was taken yet.
+    """
+
+    sandbox_id: str
+    phase: Literal["making", "running", "removing"]
+    template: str
+    vcpus: int
+    memory_mb: int
+    disk_mb: int
+    hostname: str
+    kernel: str
+    initramfs: str
+    slot: int = 0
+    process: ProcessRecord | None = None
+    started_at: float = 0.0
+
+
+class StateDirectory:
+    """Records on disk below `root` (absolute)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sandboxes = root / "sandboxes"
+
+    def prepare(self) -> None:
+        """Make the directories. The VMM's user must reach its own sandbox's directory, and can list none."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.root.chmod(0o711)
+        self.sandboxes.mkdir(exist_ok=True)
+        self.sandboxes.chmod(0o711)
+
+    def directory(self, sandbox_id: str) -> Path:
+        """Where everything of one sandbox lies."""
+        return self.sandboxes / sandbox_id
+
+    def save(self, record: Record) -> None:
+        """Write a record durably; the directory is made for a new sandbox."""
+        directory = self.directory(record.sandbox_id)
+        directory.mkdir(mode=0o711, exist_ok=True)
+        write_atomically(directory / RECORD_FILE, msgspec.json.encode(record))
+
+    def forget(self, sandbox_id: str) -> None:
+        """Remove a sandbox's directory; harmless when it is gone."""
+        directory = self.directory(sandbox_id)
+        # The record goes first: half a directory without one is rubbish to collect, a record without its disk is not.
+        (directory / RECORD_FILE).unlink(missing_ok=True)
+        shutil.rmtree(directory, ignore_errors=False, onerror=_ignore_missing)
+
+    def load(self) -> dict[str, Record | None]:
+        """Every sandbox directory with its record; None where the record is missing or unreadable."""
+        found: dict[str, Record | None] = {}
+        for directory in self.sandboxes.iterdir():
+            try:
+                found[directory.name] = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Record)
+            except (OSError, msgspec.MsgspecError) as err:
+                log.warning("sandbox_record_unreadable", directory=directory.name, error=str(err))
+                found[directory.name] = None
+        return found
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by a file with `data`, durably: after a crash either the old or the new one is there, whole."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _ignore_missing(_function: object, _path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]

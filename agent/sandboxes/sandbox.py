@@ -1,0 +1,223 @@
+"""One sandbox of this host.
+
+Owns: its VM, slot, overlay, record and guest link. Owned by: the manager's nursery.
+Takes: `destroy` (stop lane: it also abandons a build in progress). Calls into the guest run beside it, in the task of
+whoever asks, over the guest link, and end with it.
+Emits: `started` and `gone` (reply slots), outbox entries for what it did by itself, the `changed` callback.
+Dies when: destroyed, its VM dies, or its build fails; everything it made is then taken down. When the daemon stops
+(cancellation) it takes nothing down: the VM lives on and is adopted by the next agent.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from agent.actor.mailbox import Mailbox, ReplySlot
+from agent.actor.supervise import RestartPolicy
+from agent.net.addresses import slot_addresses
+from agent.sandboxes import build
+from agent.sandboxes.gate import Gate
+from agent.wire.calls import SandboxState
+from agent.wire.faults import Fault, FaultCode
+from agent.wire.lifecycle import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agent.guest.driver import Guest
+    from agent.sandboxes.parts import HostParts
+    from agent.sandboxes.records import Record
+
+log = structlog.get_logger()
+
+MAILBOX_CAPACITY = 8
+CLEAN_UP = RestartPolicy(restarts=8, first_delay=0.2, max_delay=10)
+"""How often taking a sandbox down is tried before it is left to the next start of the agent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Destroy:
+    """End the sandbox and everything of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """Why a sandbox ends: on command, or by itself with a reason."""
+
+    commanded: bool
+    fault: Fault | None = None
+
+
+class Sandbox:
+    """Handle and runner of one sandbox; only `run`'s task changes its state."""
+
+    def __init__(self, parts: HostParts, record: Record, changed: Callable[[], None]) -> None:
+        self.id = record.sandbox_id
+        self.status = Status.STARTING
+        self.started: ReplySlot[SandboxState] = ReplySlot()
+        self.gone: ReplySlot[None] = ReplySlot()
+        self.gate = Gate()
+        self.last_active_at = time.time()
+        self._parts = parts
+        self._made = build.Made(record)
+        self._changed = changed
+        self._mailbox: Mailbox[Destroy] = Mailbox(f"sandbox {record.sandbox_id}", MAILBOX_CAPACITY)
+
+    # the handle: what others may call
+
+    def destroy(self) -> ReplySlot[None]:
+        """Ask for the end; the slot is answered when nothing is left of it."""
+        self._mailbox.stop_nowait(Destroy())
+        return self.gone
+
+    def guest(self) -> Guest:
+        """The link to the guest daemon. Fault `invalid_state` when the sandbox does not run."""
+        if self.status is not Status.RUNNING or self._made.guest is None:
+            raise Fault(FaultCode.INVALID_STATE, f"the sandbox is {self.status}", details={"status": self.status})
+        self.touch()
+        return self._made.guest
+
+    def touch(self) -> None:
+        """Reset the idle clock."""
+        self.last_active_at = time.time()
+
+    def gone_or_going(self) -> bool:
+        """Whether the sandbox is no longer running."""
+        return self.status is not Status.RUNNING
+
+    def memory_mb(self) -> int:
+        """Memory this sandbox holds or will hold."""
+        return self._made.record.memory_mb
+
+    def state(self) -> SandboxState:
+        """What the host tells about it."""
+        record = self._made.record
+        return SandboxState(
+            sandbox_id=self.id,
+            status=self.status,
+            vcpus=record.vcpus,
+            memory_mb=record.memory_mb,
+            disk_mb=record.disk_mb,
+            host_ip=slot_addresses(self._made.slot).host_ip if self._made.slot else "",
+            started_at=record.started_at,
+            last_active_at=self.last_active_at,
+            timings_ms=self._made.timings_ms,
+        )
+
+    # the runner
+
+    async def run(self, *, envs: dict[str, str]) -> None:
+        """Build it, watch over it, take it down."""
+        with structlog.contextvars.bound_contextvars(sandbox_id=self.id):
+            await self._take_down(await self._live(envs))
+
+    async def run_adopted(self, vm: build.Vm) -> None:
+        """Go on with a VM that an earlier agent started."""
+        self._made.vm = vm
+        self._made.slot = self._made.record.slot
+        with structlog.contextvars.bound_contextvars(sandbox_id=self.id):
+            await self._take_down(await self._live(None))
+
+    async def _live(self, envs: dict[str, str] | None) -> _Ending:
+        """From the first step to the reason for the end. `envs` None: it is built already."""
+        ending: _Ending | None = None
+        async with trio.open_nursery() as nursery:
+            ending = await self._start(envs, nursery)
+            if ending is None:
+                ending = await self._watch()
+            self._set(Status.STOPPING)
+            nursery.cancel_scope.cancel()
+        assert ending is not None  # noqa: S101 - a cancelled nursery raises instead of getting here
+        return ending
+
+    async def _start(self, envs: dict[str, str] | None, nursery: trio.Nursery) -> _Ending | None:
+        if envs is None:
+            build.connect(self._parts, self._made, nursery)
+        else:
+            try:
+                if not await self._build_unless_stopped(envs, nursery):
+                    return _Ending(commanded=True)
+            except Fault as fault:
+                log.warning("sandbox_build_failed", code=fault.code, message=fault.message)
+                return _Ending(commanded=False, fault=fault)
+        self._set(Status.RUNNING)
+        self.started.answer(self.state())
+        log.info("sandbox_running", adopted=envs is None, **self._made.timings_ms)
+        return None
+
+    async def _build_unless_stopped(self, envs: dict[str, str], link_nursery: trio.Nursery) -> bool:
+        """Build; False when a stop request made us give up."""
+        built = False
+
+        async def give_up() -> None:
+            await self._mailbox.stop_requested.wait()
+            nursery.cancel_scope.cancel()
+
+        failure: Fault | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(give_up)
+            try:
+                await build.build(self._parts, self._made, envs=envs, nursery=link_nursery)
+                built = True
+            except Fault as fault:
+                failure = fault
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return built
+
+    async def _watch(self) -> _Ending:
+        """Until somebody ends it or the VM dies."""
+        ending = _Ending(commanded=True)
+
+        async def watch_vm() -> None:
+            nonlocal ending
+            assert self._made.vm is not None  # noqa: S101 - it runs
+            reason = await self._made.vm.wait_exit()
+            ending = _Ending(commanded=False, fault=Fault(FaultCode.INTERNAL, reason))
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_vm)
+            await self._mailbox.receive()
+            nursery.cancel_scope.cancel()
+        return ending
+
+    async def _take_down(self, ending: _Ending) -> None:
+        """Tell first, then remove: an entry for something that is still being removed is true, silence is not."""
+        was_running = self.started.answered()
+        self._set(Status.STOPPING)
+        for left in self._mailbox.close():
+            log.debug("message_dropped", message=left)
+        if ending.fault is not None and was_running:
+            log.error("vm_died", reason=ending.fault.message)
+            await self._parts.outbox.append(self.id, "died", ending.fault.message)
+        clean = await self._unmake()
+        self._set(Status.STOPPED)
+        self.started.fail(ending.fault or Fault(FaultCode.INVALID_STATE, "the sandbox was destroyed while it started"))
+        if clean:
+            self.gone.answer(None)
+        else:
+            self.gone.fail(Fault(FaultCode.INTERNAL, "the host could not remove everything; it will try again later"))
+
+    async def _unmake(self) -> bool:
+        for attempt in range(1, (CLEAN_UP.restarts or 0) + 1):
+            try:
+                await build.unmake(self._parts, self._made)
+            except Exception:
+                log.exception("sandbox_removal_failed", attempt=attempt)
+                await trio.sleep(CLEAN_UP.delay(attempt))
+            else:
+                log.info("sandbox_removed")
+                return True
+        return False
+
+    def _set(self, status: Status) -> None:
+        if status is not self.status:
+            self.status = status
+            self._changed()
