@@ -1,4 +1,4 @@
-"""The key of this host, its certificate request, and the TLS it serves: only the control plane of its own fleet gets in."""
+"""The key of this host, its certificate request, and the TLS it serves: only its own control plane gets in."""
 
 from __future__ import annotations
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 CALL_TIMEOUT = 10.0
 """Seconds for one call, all of it: a heartbeat that takes longer has missed its purpose."""
 
+CLOSE_TIMEOUT = 2.0
+"""Seconds for saying goodbye on idle connections, also while we are being cancelled."""
+
 MAX_ANSWER_BYTES = 256 * 1024
 """The largest answer (two certificates) has about 4 KiB."""
 
@@ -97,7 +100,8 @@ class ControlPlane:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._http.__aexit__(kind, error, trace)
+        with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+            await self._http.__aexit__(kind, error, trace)
 
     async def register(self, token: str, address: str, capacity: Capacity) -> Credentials:
         """Spend a one-time registration token. `address` (host:port): where the control plane will dial us."""

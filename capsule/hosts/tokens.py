@@ -1,7 +1,7 @@
 """The three secrets of a host: registration token (once, one hour), refresh token (60 days, rotating), JWT (7 days).
 
-The first two are random and kept as SHA-256; they have 256 bits, so a plain hash is enough. The JWT is signed with a key
-of its own: no user session is ever a host token, nor the other way round.
+The first two are random and kept as SHA-256; they have 256 bits, so a plain hash is enough. The JWT is signed with a
+key of its own: no user session is ever a host token, nor the other way round.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import jwt
+import msgspec
 
 from capsule.errors import Unauthorized
 
@@ -39,10 +40,10 @@ _SECRET = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class HostClaims:
-    """What a sound host JWT says. `family` is the line of refresh tokens it came with: it dies with that line."""
+    """What a sound host JWT says. `epoch` counts the host's registrations: a new one ends the tokens of the old."""
 
     host_id: UUID
-    family: UUID
+    epoch: int
 
 
 def new_registration_token() -> str:
@@ -66,18 +67,18 @@ def digest(token: str) -> bytes:
 
 
 class HostTokens:
-    """Signs and checks host JWTs. Whether host and family still live is asked of the database, by the caller."""
+    """Signs and checks host JWTs. Whether the host lives and the epoch is current is the database's to say."""
 
     def __init__(self, settings: Settings) -> None:
         self._key = settings.derive_key(KEY_PURPOSE)
 
-    def issue(self, host_id: UUID, family: UUID, *, now: datetime | None = None) -> str:
+    def issue(self, host_id: UUID, epoch: int, *, now: datetime | None = None) -> str:
         """A JWT for `host_id`, good for seven days."""
         now = now or datetime.now(UTC)
         claims: dict[str, Any] = {
             "sub": str(host_id),
             "typ": TYPE,
-            "fam": str(family),
+            "epoch": epoch,
             "iat": now,
             "exp": now + HOST_TOKEN_LIFETIME,
             "jti": str(uuid4()),
@@ -93,12 +94,12 @@ class HostTokens:
                 token,
                 self._key,
                 [ALGORITHM],
-                options={"require": ["sub", "typ", "fam", "iat", "exp"]},
+                options={"require": ["sub", "typ", "epoch", "iat", "exp"]},
             )
             if claims["typ"] != TYPE:
                 raise Unauthorized("the token is not a host's")
-            return HostClaims(UUID(claims["sub"]), UUID(str(claims["fam"])))
+            return HostClaims(UUID(claims["sub"]), msgspec.convert(claims["epoch"], int))
         except jwt.ExpiredSignatureError as err:
             raise Unauthorized("the host token has expired: refresh it") from err
-        except (jwt.InvalidTokenError, ValueError) as err:
+        except (jwt.InvalidTokenError, msgspec.ValidationError, ValueError) as err:
             raise Unauthorized("the host token is not valid") from err
