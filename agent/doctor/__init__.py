@@ -1,0 +1,1 @@
+"""`capsule-agent doctor`: what this machine has for running sandboxes, what is missing, and what fixes it."""
