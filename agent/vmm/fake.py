@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-from agent.vmm.driver import Vm, VmProcess, VmSpec, VmStartFailed, VmStatistics, VmWillNotDie
+from agent.vmm.driver import Vm, VmDriver, VmProcess, VmSpec, VmStartFailed, VmStatistics, VmWillNotDie
 
 FIRST_PID = 2**22 + 1
 """Above the kernel's highest possible pid: a fake identity can never name a real process."""
@@ -37,7 +37,7 @@ class FakeMachine:
             self.ended.set()
 
 
-class FakeVm:
+class FakeVm(Vm):
     """A handle on a machine (see Vm)."""
 
     def __init__(self, machine: FakeMachine) -> None:
@@ -71,7 +71,7 @@ class FakeVm:
         return VmStatistics(resident_bytes=self._machine.spec.memory_mb << 20, cpu_seconds=0.0)
 
 
-class FakeVmDriver:
+class FakeVmDriver(VmDriver):
     """See VmDriver. A test steers it: `fail_next_boot`, `boot_gate`, `machine(sandbox_id).die(reason)`."""
 
     name = "fake"

@@ -11,11 +11,10 @@ from pathlib import Path
 import structlog
 import trio
 
-from agent.vmm import process
 from agent.vmm.cgroup import CgroupTree
-from agent.vmm.driver import VmmUnavailable, VmProcess, VmSpec, VmStartFailed, VmWillNotDie
+from agent.vmm.driver import VmDriver, VmmUnavailable, VmProcess, VmSpec, VmStartFailed, VmWillNotDie
 from agent.vmm.kvm import kvm_group, probe_kvm
-from agent.vmm.process import Candidate, WatchedProcess
+from agent.vmm.process import Candidate, WatchedProcess, inspect, processes, spawn
 from agent.vmm.qemu_command import NAME_PREFIX, Accelerator, qemu_command
 from agent.vmm.qemu_vm import CONTROL_SOCKET, EVENTS_SOCKET, KILL_TIMEOUT, QemuVm
 from agent.vmm.tsc import tsc_khz
@@ -40,18 +39,22 @@ MAX_TASKS = 256
 LISTEN_BACKLOG = 8
 
 
-class QemuDriver:
+class QemuDriver(VmDriver):
     """Starts QEMUs, each as an unprivileged user under QEMU's system call filter, in a control group of its own."""
 
     def __init__(
         self, *, binary: Path, accelerator: Accelerator, cgroups: CgroupTree, groups: tuple[int, ...] = ()
     ) -> None:
-        self.name = f"qemu-{accelerator.kind}"
         self._binary = binary
         self._accelerator = accelerator
         self._cgroups = cgroups
         self._groups = groups
         self._spawns = trio.CapacityLimiter(MAX_SPAWNS)
+
+    @property
+    def name(self) -> str:
+        """See VmDriver."""
+        return f"qemu-{self._accelerator.kind}"
 
     async def boot(self, spec: VmSpec) -> QemuVm:
         """See VmDriver."""
@@ -66,15 +69,15 @@ class QemuDriver:
                 await vm.kill()
             raise
 
-    async def adopt(self, spec: VmSpec, process_id: VmProcess) -> QemuVm | None:
+    async def adopt(self, spec: VmSpec, process: VmProcess) -> QemuVm | None:
         """See VmDriver."""
-        watched = WatchedProcess.open(process_id)
+        watched = WatchedProcess.open(process)
         if watched is None:
             return None
-        found = process.inspect(process_id.pid)
+        found = inspect(process.pid)
         if (
             found is None
-            or found.identity != process_id
+            or found.identity != process
             or _sandbox_of(found) != spec.sandbox_id
             or found.directory != spec.directory.resolve()
         ):
@@ -86,19 +89,19 @@ class QemuDriver:
         resolved = root.resolve()
         return {
             root / found.directory.relative_to(resolved): found.identity
-            for found in process.processes()
+            for found in processes()
             if _sandbox_of(found) is not None and found.directory.is_relative_to(resolved)
         }
 
-    async def kill_process(self, process_id: VmProcess) -> None:
+    async def kill_process(self, process: VmProcess) -> None:
         """See VmDriver."""
-        watched = WatchedProcess.open(process_id)
-        found = process.inspect(process_id.pid)
+        watched = WatchedProcess.open(process)
+        found = inspect(process.pid)
         if watched is None or found is None:
             return
         sandbox_id = _sandbox_of(found)
-        if sandbox_id is None or found.identity != process_id:
-            raise VmWillNotDie(f"process {process_id.pid} is not a QEMU of ours; it is left alone")
+        if sandbox_id is None or found.identity != process:
+            raise VmWillNotDie(f"process {process.pid} is not a QEMU of ours; it is left alone")
         await QemuVm(sandbox_id, found.directory, watched, self._cgroups, None).kill()
 
     async def remove_leftovers(self) -> None:
@@ -119,7 +122,7 @@ class QemuDriver:
                     events_fd=events.fileno(),
                 )
                 os.chown(spec.disk, spec.uid, spec.gid, follow_symlinks=False)
-                watched = process.spawn(
+                watched = spawn(
                     command,
                     directory=spec.directory,
                     uid=spec.uid,

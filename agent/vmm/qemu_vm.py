@@ -12,6 +12,7 @@ import trio
 from agent.vmm import qmp
 from agent.vmm.driver import (
     MAX_CONSOLE_BYTES,
+    Vm,
     VmProcess,
     VmStartFailed,
     VmStatistics,
@@ -61,7 +62,7 @@ ENDINGS = {
 }
 
 
-class QemuVm:
+class QemuVm(Vm):
     """A running VM (see Vm). Its state is the process; this object holds descriptors and can be dropped any time."""
 
     def __init__(

@@ -1,0 +1,1 @@
+"""Disks of sandboxes: writable overlays over shared, read-only base images."""
