@@ -80,9 +80,9 @@ def publish(path: Path, to: Path) -> None:
     sync(to.parent)
 
 
-def point(link: Path, target: str) -> None:
-    """Make the symbolic link `link` point to `target`, in one step for whoever reads it."""
-    new = link.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+def point(store: Path, link: Path, target: str) -> None:
+    """Make the symbolic link `link` in the store point to `target`, in one step for whoever reads it."""
+    new = store / f"{TEMPORARY}{secrets.token_hex(8)}"
     new.symlink_to(target)
     new.replace(link)
     sync(link.parent)

@@ -167,7 +167,7 @@ class ImageStore:
             )
         link = self.path / name / CURRENT
         if not (link.is_symlink() and link.readlink() == Path(digest)):
-            point(link, digest)
+            point(self.path, link, digest)
         return self.load_digest(name, digest)
 
     def collect(self, in_use: set[str]) -> tuple[str, ...]:
