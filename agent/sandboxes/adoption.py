@@ -22,6 +22,7 @@ from agent.vmm.driver import Vm, VmProcess
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from agent.net.ledger import Slot
     from agent.sandboxes.parts import HostParts
     from agent.sandboxes.records import Record
 
@@ -38,6 +39,7 @@ class Adopted:
 
     record: Record
     vm: Vm
+    slot: Slot
 
 
 def lock_state_directory(root: Path) -> int:
@@ -56,12 +58,12 @@ async def adopt_all(parts: HostParts) -> list[Adopted]:
     began = time.perf_counter()
     records = await trio.to_thread.run_sync(parts.state.load)
     processes = await trio.to_thread.run_sync(parts.vms.find_orphans, parts.state.sandboxes)
-    adopted = []
+    alive: list[tuple[Record, Vm]] = []
     for sandbox_id, record in records.items():
         process = processes.pop(parts.state.directory(sandbox_id), None)
         vm = await _adopt(parts, record, process)
         if record is not None and vm is not None:
-            adopted.append(Adopted(record, vm))
+            alive.append((record, vm))
             continue
         if record is not None and record.phase == "running":
             await parts.outbox.append(sandbox_id, "died", "its VM was gone when the host's agent came back")
@@ -70,6 +72,8 @@ async def adopt_all(parts: HostParts) -> list[Adopted]:
         log.warning("orphan_vm_killed", directory=str(directory), pid=process.pid)
         await parts.vms.kill_process(process)
     await parts.vms.remove_leftovers()
+    leases = parts.slots.adopt(record.slot for record, _ in alive)
+    adopted = [Adopted(record, vm, leases[record.slot]) for record, vm in alive]
     log.info("adoption_done", adopted=len(adopted), found=len(records), seconds=round(time.perf_counter() - began, 3))
     return adopted
 

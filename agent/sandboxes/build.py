@@ -15,11 +15,11 @@ import msgspec
 import structlog
 import trio
 
-from agent.images.errors import ImageError
+from agent.images.errors import ImageNotFound, ImagesError
 from agent.net.addresses import GUEST_MAC, slot_addresses
-from agent.net.errors import NetworkError
+from agent.net.errors import NetworkError, NoFreeSlots
 from agent.sandboxes.records import ProcessRecord, Record
-from agent.storage.overlay import OverlayError
+from agent.storage.overlay import HostDiskFull, StorageError
 from agent.vmm.driver import Vm, VmmError, VmSpec
 from agent.wire.faults import Fault, FaultCode
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from agent.guest.driver import Guest
+    from agent.net.ledger import Slot
     from agent.sandboxes.parts import HostParts
 
 log = structlog.get_logger()
@@ -41,7 +42,7 @@ class Made:
     """What exists of a sandbox on this host."""
 
     record: Record
-    slot: int = 0
+    slot: Slot | None = None
     vm: Vm | None = None
     guest: Guest | None = None
     timings_ms: dict[str, float] = field(default_factory=dict)
@@ -76,21 +77,20 @@ async def build(parts: HostParts, made: Made, *, envs: dict[str, str], nursery: 
         finally:
             parts.boots.release()
         await save(parts, made, phase="running", started_at=time.time())
-    except (NetworkError, OverlayError, VmmError, ImageError, OSError) as err:
+    except (NetworkError, StorageError, VmmError, ImagesError, OSError) as err:
         raise as_fault(err) from err
 
 
 async def _boot(parts: HostParts, made: Made) -> None:
     directory = parts.state.directory(made.record.sandbox_id)
     with made.step("slot"):
-        slot = await parts.slots.acquire()
-        made.slot = slot.number
-        await save(parts, made, slot=slot.number)
+        made.slot = await parts.slots.acquire()
+        await save(parts, made, slot=made.slot.number)
     with made.step("overlay"):
         image = await trio.to_thread.run_sync(parts.images.load, made.record.template)
         await parts.overlays.create(image.rootfs, directory / DISK_FILE, made.record.disk_mb)
     with made.step("vmm"):
-        tap = await parts.slot_backend.open_tap(made.slot)
+        tap = await parts.slot_backend.open_tap(made.slot.number)
         try:
             made.vm = await parts.vms.boot(spec(parts, made.record, tap_fd=tap))
         finally:
@@ -127,7 +127,7 @@ async def _greet(parts: HostParts, made: Made, envs: dict[str, str], nursery: tr
 
 def connect(parts: HostParts, made: Made, nursery: trio.Nursery) -> Guest:
     """Start the link to the guest daemon in `nursery`."""
-    guest = made.guest = parts.connect_guest(slot_addresses(made.slot).host_ip)
+    guest = made.guest = parts.connect_guest(slot_addresses(made.record.slot).host_ip)
     nursery.start_soon(guest.run)
     return guest
 
@@ -159,22 +159,22 @@ async def unmake(parts: HostParts, made: Made) -> None:
         made.vm = None
     directory = parts.state.directory(made.record.sandbox_id)
     await parts.overlays.remove(directory / DISK_FILE)
-    if made.slot:
+    if made.slot is not None:
         parts.slots.release(made.slot)
-        made.slot = 0
+        made.slot = None
     await trio.to_thread.run_sync(partial(parts.state.forget, made.record.sandbox_id))
 
 
 def as_fault(err: Exception) -> Fault:
     """A driver's failure in the words of the wire. The message names no path of the host."""
-    name = type(err).__name__
-    log.warning("sandbox_step_failed", error=name, message=str(err))
-    match name:
-        case "NoFreeSlots":
+    log.warning("sandbox_step_failed", error=type(err).__name__, message=str(err))
+    match err:
+        case NoFreeSlots():
             return Fault(FaultCode.NO_CAPACITY, "this host has no free network slot", retryable=True)
-        case "OverlayDiskFull":
+        case HostDiskFull():
             return Fault(FaultCode.NO_CAPACITY, "this host's disk is full", retryable=True)
-        case "ImageNotFound":
+        case ImageNotFound():
             return Fault(FaultCode.NOT_FOUND, "this host does not have the template")
         case _:
-            return Fault(FaultCode.INTERNAL, f"the host could not start the sandbox ({name})", retryable=True)
+            what = type(err).__name__
+            return Fault(FaultCode.INTERNAL, f"the host could not start the sandbox ({what})", retryable=True)

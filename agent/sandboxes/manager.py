@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
-from agent.images.errors import ImageError
+from agent.images.errors import ImagesError
 from agent.sandboxes.records import Record
 from agent.sandboxes.sandbox import Sandbox
 from agent.wire.calls import CreateSandbox, HostListing
@@ -61,7 +61,7 @@ class Manager:
             if isinstance(start, dict):
                 await sandbox.run(envs=start)
             else:
-                await sandbox.run_adopted(start.vm)
+                await sandbox.run_adopted(start.vm, start.slot)
         finally:
             if self._sandboxes.get(sandbox.id) is sandbox:
                 del self._sandboxes[sandbox.id]
@@ -94,7 +94,7 @@ class Manager:
     def _record(self, request: CreateSandbox) -> Record:
         try:
             image = self._parts.images.load(request.template)
-        except ImageError as err:
+        except ImagesError as err:
             log.warning("image_not_loaded", template=request.template, error=str(err))
             raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
         return Record(

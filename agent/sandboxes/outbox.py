@@ -16,7 +16,6 @@ from agent.sandboxes.records import write_atomically
 from agent.wire.calls import OutboxEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 MAX_ENTRIES = 10_000
@@ -31,9 +30,8 @@ class _Stored(msgspec.Struct):
 class Outbox:
     """A small file, rewritten whole: entries are rare and few."""
 
-    def __init__(self, path: Path, changed: Callable[[], None]) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._changed = changed
         self._lock = trio.Lock()
         self._stored = _Stored()
 
@@ -58,7 +56,6 @@ class Outbox:
             )
             kept = [*self._stored.entries, entry][-MAX_ENTRIES:]
             await self._replace(_Stored(next_sequence=entry.sequence + 1, entries=kept))
-        self._changed()
 
     async def acknowledge(self, sequence: int) -> None:
         """Drop entries up to and including `sequence`."""

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from agent.guest.driver import Guest
+    from agent.net.ledger import Slot
     from agent.sandboxes.parts import HostParts
     from agent.sandboxes.records import Record
+    from agent.vmm.driver import Vm
 
 log = structlog.get_logger()
 
@@ -103,7 +105,7 @@ class Sandbox:
             vcpus=record.vcpus,
             memory_mb=record.memory_mb,
             disk_mb=record.disk_mb,
-            host_ip=slot_addresses(self._made.slot).host_ip if self._made.slot else "",
+            host_ip=slot_addresses(record.slot).host_ip if record.slot else "",
             started_at=record.started_at,
             last_active_at=self.last_active_at,
             timings_ms=self._made.timings_ms,
@@ -116,10 +118,10 @@ class Sandbox:
         with structlog.contextvars.bound_contextvars(sandbox_id=self.id):
             await self._take_down(await self._live(envs))
 
-    async def run_adopted(self, vm: build.Vm) -> None:
+    async def run_adopted(self, vm: Vm, slot: Slot) -> None:
         """Go on with a VM that an earlier agent started."""
         self._made.vm = vm
-        self._made.slot = self._made.record.slot
+        self._made.slot = slot
         with structlog.contextvars.bound_contextvars(sandbox_id=self.id):
             await self._take_down(await self._live(None))
 
@@ -197,6 +199,7 @@ class Sandbox:
         if ending.fault is not None and was_running:
             log.error("vm_died", reason=ending.fault.message)
             await self._parts.outbox.append(self.id, "died", ending.fault.message)
+            self._changed()
         clean = await self._unmake()
         self._set(Status.STOPPED)
         self.started.fail(ending.fault or Fault(FaultCode.INVALID_STATE, "the sandbox was destroyed while it started"))

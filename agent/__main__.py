@@ -1,0 +1,98 @@
+"""`capsule-agent`: serve this host, say what it lacks, clear it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import trio
+
+from agent import daemon
+from agent.actor.logs import configure_logs
+from agent.actor.settings import SettingsError
+from agent.config import Settings, load
+from agent.doctor.checks import Subject, run_checks
+from agent.doctor.report import exit_code, render
+from agent.enrol.errors import EnrolError
+from agent.net.errors import NetworkError
+from agent.sandboxes.adoption import StateDirectoryInUse, lock_state_directory
+from agent.sandboxes.purge import purge as purge_host
+from agent.sandboxes.records import StateDirectory
+from agent.vmm.driver import VmmError
+from agent.vmm.kvm import probe_kvm
+
+EXPECTED = (SettingsError, EnrolError, NetworkError, VmmError, StateDirectoryInUse, daemon.NotRegistered)
+"""Failures that are the operator's to mend: said in one line, without a traceback."""
+
+
+@click.group()
+def main() -> None:
+    """The agent of one Capsule host."""
+
+
+def _settings() -> Settings:
+    try:
+        settings = load()
+    except SettingsError as err:
+        raise click.ClickException(str(err)) from err
+    configure_logs(level=settings.log_level, json=settings.log_json)
+    return settings
+
+
+@main.command()
+def serve() -> None:
+    """Serve until SIGTERM; the VMs live on."""
+    settings = _settings()
+    try:
+        daemon.run(settings)
+    except* EXPECTED as group:
+        for error in _leaves(group):
+            click.echo(f"capsule-agent: {error}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--yes", is_flag=True, required=True, help="Really end every sandbox of this host.")
+def purge(*, yes: bool) -> None:  # noqa: ARG001 - click demands it
+    """End every VM of this host and remove all it has of them. The agent must not be running."""
+    settings = _settings()
+
+    async def work() -> None:
+        state = StateDirectory(settings.state_directory())
+        state.prepare()
+        lock_state_directory(state.root)
+        parts = await daemon.make_parts(settings, state)
+        count = await purge_host(parts, state.root / daemon.HOST_NETWORK_FILE)
+        click.echo(f"{count} sandboxes ended")
+
+    try:
+        trio.run(work)
+    except EXPECTED as err:
+        raise click.ClickException(str(err)) from err
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(*, as_json: bool) -> None:
+    """List what this machine has for being a host, what is missing, and the command that mends it."""
+    settings = load()
+    answer = trio.run(probe_kvm)
+    subject = Subject(
+        state=settings.state_directory(), images=Path(settings.images), kvm_probe=lambda: (answer.usable, answer.detail)
+    )
+    checks = run_checks(subject)
+    click.echo(render(checks, json=as_json))
+    sys.exit(exit_code(checks))
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The single errors of a group, however nested."""
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found.extend(_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    return found
+
+
+if __name__ == "__main__":
+    main()

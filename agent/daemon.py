@@ -1,0 +1,223 @@
+"""The agent daemon: its nursery tree in one screen.
+
+serve
+├─ signals                     SIGTERM, SIGINT: drain, then cancel; VMs live on
+├─ slot pool                   (service)
+├─ manager                     → sandbox actor xN → guest link, VM watch
+├─ wire listener               → peer per control plane → handler per stream
+└─ heartbeat                   nothing may delay it
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from agent.actor.server import ServerPeer
+from agent.actor.tls import TlsStream, serve_tls
+from agent.actor.watchdog import LoopWatchdog
+from agent.enrol.credentials import Credentials, CredentialsFile
+from agent.enrol.heartbeat import Heartbeat
+from agent.enrol.identity import install_certificate, is_control_plane, server_ssl_context
+from agent.enrol.registration import Capacity, ControlPlane
+from agent.guest.client import GuestLink
+from agent.images.store import ImageStore
+from agent.net.backend import NamespaceSlotBackend
+from agent.net.host_network import ensure_host_network
+from agent.net.pool import SlotPool
+from agent.net.threads import run_in_slot_thread
+from agent.sandboxes.adoption import adopt_all, lock_state_directory
+from agent.sandboxes.handlers import Handlers
+from agent.sandboxes.manager import Manager
+from agent.sandboxes.outbox import Outbox
+from agent.sandboxes.parts import HostParts
+from agent.sandboxes.records import StateDirectory
+from agent.storage.qcow2 import Qcow2Overlays
+from agent.vmm.qemu import detect_qemu
+from agent.wire.calls import HostDescription, TemplateDescription
+
+if TYPE_CHECKING:
+    from agent.config import Settings
+
+log = structlog.get_logger()
+
+HOST_NETWORK_FILE = "host-network.json"
+CREDENTIALS_FILE = "credentials.json"
+HARD_DEADLINE = 20
+"""Seconds from the stop request to the end of the process, whatever hangs: the kernel's alarm sees to it."""
+
+
+class NotRegistered(Exception):  # noqa: N818 - reads as what is wrong
+    """There are no credentials and no token to get some."""
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    trio.run(serve, settings, instruments=[LoopWatchdog()])
+
+
+async def serve(settings: Settings) -> None:
+    """The daemon. Ends by a signal; raises what kept it from starting."""
+    state = StateDirectory(settings.state_directory())
+    root = state.root
+    await trio.to_thread.run_sync(state.prepare)
+    lock_state_directory(root)
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_watch_signals, stop)
+        async with ControlPlane(settings.url or await _stored_url(root)) as control_plane:
+            credentials = await _credentials(settings, CredentialsFile(root / CREDENTIALS_FILE), control_plane)
+            await run_in_slot_thread(partial(ensure_host_network, root / HOST_NETWORK_FILE))
+            await _serve_host(settings, state, control_plane, credentials, stop)
+        nursery.cancel_scope.cancel()
+    log.info("agent_stopped")
+
+
+async def _serve_host(
+    settings: Settings,
+    state: StateDirectory,
+    control_plane: ControlPlane,
+    credentials: Credentials,
+    stop: trio.Event,
+) -> None:
+    parts = await make_parts(settings, state)
+    manager = Manager(parts, memory_mb=settings.memory_for_guests())
+    handlers = Handlers(manager, parts.outbox, partial(describe, settings, parts))
+    tls = server_ssl_context(credentials)
+    heartbeat = Heartbeat(
+        control_plane,
+        CredentialsFile(state.root / CREDENTIALS_FILE),
+        credentials,
+        on_renewed=partial(install_certificate, tls),
+    )
+    peers: set[ServerPeer] = set()
+    adopted = await adopt_all(parts)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(parts.slots.run)
+        await nursery.start(manager.run, adopted)
+        serve_peer = partial(_serve_peer, handlers, peers)
+        port = await nursery.start(
+            partial(serve_tls, serve_peer, host=settings.bind_host, port=settings.bind_port, context=tls)
+        )
+        await nursery.start(heartbeat.run)
+        log.info("agent_serving", host_id=credentials.host_id, port=port, driver=parts.vms.name, adopted=len(adopted))
+        await stop.wait()
+        manager.drain()
+        await _drain(peers, settings.drain_seconds)
+        nursery.cancel_scope.cancel()
+
+
+async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:
+    """The drivers of this machine. Raises when one of them cannot work here; `capsule-agent doctor` says why."""
+    outbox = Outbox(state.root / "outbox.json")
+    await trio.to_thread.run_sync(outbox.load)
+    backend = NamespaceSlotBackend()
+    return HostParts(
+        state=state,
+        outbox=outbox,
+        images=ImageStore(Path(settings.images)),
+        slots=SlotPool(backend, first=settings.slot_first, count=settings.slot_count, ahead=settings.slots_ahead),
+        slot_backend=backend,
+        overlays=Qcow2Overlays(),
+        vms=await detect_qemu(),
+        connect_guest=GuestLink,
+        boots=trio.CapacityLimiter(settings.boots_at_once),
+        uid_base=settings.uid_base,
+        guest_dns=tuple(part.strip() for part in settings.guest_dns.split(",") if part.strip()),
+        guest_timeout=settings.guest_timeout,
+    )
+
+
+async def describe(settings: Settings, parts: HostParts) -> HostDescription:
+    """What this host is and has."""
+    disk = await trio.to_thread.run_sync(shutil.disk_usage, parts.state.root)
+    images = await trio.to_thread.run_sync(parts.images.list)
+    return HostDescription(
+        version=version("capsule"),
+        driver=parts.vms.name,
+        cpu_cores=os.cpu_count() or 1,
+        memory_mb=settings.memory_for_guests(),
+        disk_mb=disk.total // 2**20,
+        disk_free_mb=disk.free // 2**20,
+        templates=[
+            TemplateDescription(
+                name=image.name,
+                digest=image.digest,
+                disk_mb=image.disk_mb,
+                size_bytes=image.rootfs.stat().st_blocks * 512,
+                platform=image.platform,
+                created_at=image.created_at.timestamp(),
+            )
+            for image in images
+        ],
+    )
+
+
+async def _stored_url(root: Path) -> str:
+    stored = await CredentialsFile(root / CREDENTIALS_FILE).load()
+    if stored is None:
+        raise NotRegistered("this host is not registered: set CAPSULE_AGENT_URL and CAPSULE_AGENT_TOKEN")
+    return stored.url
+
+
+async def _credentials(settings: Settings, file: CredentialsFile, control_plane: ControlPlane) -> Credentials:
+    """Those on disk; else register with the one-time token."""
+    stored = await file.load()
+    if stored is not None:
+        return stored
+    if not settings.token:
+        raise NotRegistered("this host is not registered: set CAPSULE_AGENT_URL and CAPSULE_AGENT_TOKEN")
+    disk = shutil.disk_usage(settings.state)
+    capacity = Capacity(
+        arch=platform.machine(),
+        cpu_cores=os.cpu_count() or 1,
+        memory_mb=settings.memory_for_guests(),
+        disk_gb=max(1, disk.total // 2**30),
+    )
+    address = settings.address or f"{settings.bind_host}:{settings.bind_port}"
+    credentials = await control_plane.register(settings.token, address, capacity)
+    await file.save(credentials)
+    log.info("host_registered", host_id=credentials.host_id, address=address)
+    return credentials
+
+
+async def _serve_peer(handlers: Handlers, peers: set[ServerPeer], stream: TlsStream) -> None:
+    """One control plane's connection. Our CA signed its certificate (TLS saw to that); its role must fit, too."""
+    if not is_control_plane(stream.peer_certificate()):
+        log.warning("peer_refused", reason="not a control plane's certificate")
+        await trio.aclose_forcefully(stream)
+        return
+    peer = ServerPeer(stream, handlers)
+    peers.add(peer)
+    log.info("control_plane_connected", connections=len(peers))
+    try:
+        await peer.run()
+    finally:
+        peers.discard(peer)
+        log.info("control_plane_disconnected", reason=peer.reason)
+
+
+async def _drain(peers: set[ServerPeer], seconds: float) -> None:
+    """Let what is under way finish, for a while."""
+    with trio.move_on_after(seconds):
+        async with trio.open_nursery() as nursery:
+            for peer in list(peers):
+                nursery.start_soon(peer.drain, "the agent stops")
+
+
+async def _watch_signals(stop: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("stop_requested", signal=signal.Signals(number).name)
+            signal.alarm(HARD_DEADLINE)
+            stop.set()

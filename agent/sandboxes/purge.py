@@ -1,0 +1,40 @@
+"""The command that ends everything of an agent on this machine: VMs, directories, slots, the host's routes and rules.
+
+Only when no agent serves from the state directory. Credentials and outbox stay: the host is still the same host, and
+tells the control plane at its next start what became of its sandboxes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from agent.net.host_network import remove_host_network
+from agent.net.threads import run_in_slot_thread
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from agent.sandboxes.parts import HostParts
+
+log = structlog.get_logger()
+
+
+async def purge(parts: HostParts, host_network_file: Path) -> int:
+    """Take down everything; returns how many sandboxes there were. Every slot goes: nobody holds one any more."""
+    records = await trio.to_thread.run_sync(parts.state.load)
+    processes = await trio.to_thread.run_sync(parts.vms.find_orphans, parts.state.sandboxes)
+    for process in processes.values():
+        await parts.vms.kill_process(process)
+    for sandbox_id in records:
+        await parts.outbox.append(sandbox_id, "destroyed", "its host was purged")
+        await trio.to_thread.run_sync(parts.state.forget, sandbox_id)
+    await parts.vms.remove_leftovers()
+    for number in sorted(await parts.slot_backend.existing()):
+        await parts.slot_backend.remove(number)
+    await run_in_slot_thread(partial(remove_host_network, host_network_file))
+    log.info("host_purged", sandboxes=len(records), processes=len(processes))
+    return len(records)
