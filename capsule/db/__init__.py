@@ -1,0 +1,1 @@
+"""PostgreSQL: the schema, the way there from Trio, and every query of the product."""
