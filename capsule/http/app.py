@@ -1,0 +1,94 @@
+"""The application: every operation of the route table, mounted on Quart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from quart import request as current_request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException
+
+from capsule.http import execs, files, hosts, openapi, processes, sandboxes, snapshots
+from capsule.http.connection import ApiConnection
+from capsule.http.dispatch import responder
+from capsule.http.errors import from_router
+from capsule.http.metrics import HttpMetrics
+from capsule.http.requests import ApiRequest
+from capsule.http.spool import Spool
+from capsule.http.system import SystemPages
+from capsule.http.websockets import RefusedWebsocket
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from prometheus_client import CollectorRegistry
+    from quart_trio.wrappers import TrioResponse
+
+    from capsule.http.operations import Operation
+    from capsule.http.ports import Authenticator, Services
+
+
+class Application(QuartTrio):
+    """The ASGI application. It holds no state but its metrics; what it serves is in the services behind it."""
+
+    asgi_http_class = ApiConnection  # type: ignore[assignment]
+    asgi_websocket_class = RefusedWebsocket  # type: ignore[assignment]
+    request_class = ApiRequest
+
+    def __init__(self, metrics: HttpMetrics) -> None:
+        super().__init__(__name__, static_folder=None)
+        self.metrics = metrics
+        self.routes: dict[str, str] = {}
+        # No redirects: an unknown spelling of a path is an unknown path, with our kind of answer.
+        self.url_map.merge_slashes = False
+        self.url_map.redirect_defaults = False
+        self.register_error_handler(HTTPException, self._refuse)
+
+    def mount(self, operation: Operation[Any, Any], authenticator: Authenticator) -> None:
+        """Register one operation under its path."""
+        respond = responder(operation, authenticator)
+
+        async def view(**path: str) -> TrioResponse:
+            return await respond(_request(), path)
+
+        endpoint = f"{operation.method} {operation.path}"
+        self.routes[endpoint] = operation.path
+        self.add_url_rule(
+            operation.path.replace("{", "<").replace("}", ">"),
+            endpoint,
+            view,
+            methods=[operation.method],
+            provide_automatic_options=False,
+        )
+
+    async def _refuse(self, found: Exception) -> TrioResponse:
+        return from_router(cast("HTTPException", found), _request().request_id)
+
+
+def create_app(services: Services, *, registry: CollectorRegistry, version: str, spool_dir: Path) -> Application:
+    """Build the application. `registry` takes its metrics and is served whole under /metrics; uploads wait for their
+    last byte in unnamed files in `spool_dir` (on a disk, not a tmpfs)."""
+    app = Application(HttpMetrics(registry))
+    pages = SystemPages(services.ready, registry, version)
+    table = [*resources(services, Spool(spool_dir)), *pages.operations()]
+    pages.publish(openapi.document(table, version))
+    for operation in table:
+        app.mount(operation, services.authenticator)
+    return app
+
+
+def resources(services: Services, spool: Spool) -> list[Operation[Any, Any]]:
+    """The route table of the resources."""
+    return [
+        *sandboxes.operations(services.sandboxes),
+        *execs.operations(services.sandboxes),
+        *processes.operations(services.sandboxes),
+        *files.operations(services.sandboxes, spool),
+        *snapshots.operations(services.templates),
+        *hosts.operations(services.hosts),
+    ]
+
+
+def _request() -> ApiRequest:
+    """Quart's current request; ours by `request_class`."""
+    return cast("ApiRequest", current_request._get_current_object())  # type: ignore[attr-defined]  # noqa: SLF001

@@ -1,0 +1,71 @@
+"""From a routed request to its handler and back: authenticate, parse, call, and turn failures into answers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from capsule.errors import CapsuleError
+from capsule.http import credentials
+from capsule.http.errors import error_response, internal
+from capsule.http.operations import Auth, Call, Operation
+from capsule.http.parsing import check_json_headers, parse_json, parse_query
+
+if TYPE_CHECKING:
+    import msgspec
+    from quart_trio.wrappers import TrioResponse
+
+    from capsule.http.ports import Authenticator
+    from capsule.http.requests import ApiRequest
+    from capsule.model import Principal
+
+log = structlog.get_logger()
+
+Respond = Callable[["ApiRequest", dict[str, str]], Awaitable["TrioResponse"]]
+
+
+def responder(operation: Operation[Any, Any], authenticator: Authenticator) -> Respond:
+    """The function that answers requests to `operation`. It never raises but Cancelled."""
+
+    async def respond(request: ApiRequest, path: dict[str, str]) -> TrioResponse:
+        try:
+            return await _respond(operation, authenticator, request, path)
+        except CapsuleError as err:
+            return error_response(err, request.request_id)
+        except Exception:
+            log.exception("request_failed", operation=operation.name)
+            return error_response(internal(), request.request_id)
+
+    return respond
+
+
+async def _respond(
+    operation: Operation[Any, Any], authenticator: Authenticator, request: ApiRequest, path: dict[str, str]
+) -> TrioResponse:
+    # Who asks comes first: a stranger learns nothing from our parser, and none of his bytes is read.
+    asker = await _asker(operation, authenticator, request)
+    query = parse_query(request.query_string, operation.query) if operation.query is not None else None
+    body = await _body(operation, request)
+    return await operation.handler(
+        Call(request=request, path=path, body=body, query=query, asker=asker),
+    )
+
+
+async def _asker(operation: Operation[Any, Any], authenticator: Authenticator, request: ApiRequest) -> Principal | None:
+    if operation.auth is not Auth.API_KEY:
+        return None
+    principal = await credentials.authenticate(request.headers, authenticator)
+    structlog.contextvars.bind_contextvars(team_id=str(principal.team_id))
+    return principal
+
+
+async def _body(operation: Operation[Any, Any], request: ApiRequest) -> msgspec.Struct | None:
+    if operation.body is None:
+        return None
+    raw = await request.json_bytes()
+    if not raw and operation.body_optional:
+        return operation.body()
+    check_json_headers(request.headers)
+    return parse_json(raw, operation.body)

@@ -1,0 +1,124 @@
+"""The route table's vocabulary: one Operation per handler. It registers the route and describes it in the OpenAPI
+document, so neither can say what the other does not do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+import msgspec
+from quart_trio.wrappers import TrioResponse
+
+from capsule.errors import CapsuleError
+from capsule.http import ids
+from capsule.http.requests import ApiRequest
+from capsule.model import Principal
+
+B = TypeVar("B")
+Q = TypeVar("Q")
+
+
+class Auth(Enum):
+    """How an operation knows who asks."""
+
+    NONE = "none"
+    API_KEY = "api_key"
+    HOST = "host"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[B, Q]):
+    """One request to an operation, checked: `body` and `query` are structs of the operation's types."""
+
+    request: ApiRequest
+    path: Mapping[str, str]
+    body: B
+    query: Q
+    asker: Principal | None
+
+    @property
+    def principal(self) -> Principal:
+        """Who asks, in an operation with Auth.API_KEY."""
+        if self.asker is None:
+            raise LookupError("this operation does not authenticate")
+        return self.asker
+
+    @property
+    def sandbox(self) -> UUID:
+        """The sandbox in the path; InvalidRequest for text that is not a sandbox id."""
+        return ids.parse_sandbox_id(self.path["sandbox_id"])
+
+
+Handler = Callable[[Call[B, Q]], Awaitable[TrioResponse]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Success:
+    """One way to succeed. `body`: a struct (or list of them) sent as JSON, None for nothing; `raw`: bytes of
+    `media_type` instead. `headers`: name → description of headers worth knowing."""
+
+    status: int
+    description: str
+    body: Any = None
+    media_type: str = "application/json"
+    raw: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(Generic[B, Q]):
+    """A row of the route table.
+
+    `path` is a template such as `/v1/sandboxes/{sandbox_id}`. `body`: struct of the JSON body, None for none;
+    `body_optional`: an empty body is an empty object. `form`: multipart parts (name → JSON schema) that the handler
+    reads itself. `errors`: what the use-case can raise; those every operation has are added by the document.
+    """
+
+    name: str
+    method: str
+    path: str
+    handler: Handler[B, Q]
+    summary: str
+    description: str = ""
+    tag: str
+    auth: Auth = Auth.API_KEY
+    body: type[msgspec.Struct] | None = None
+    body_optional: bool = False
+    form: Mapping[str, Any] = field(default_factory=dict)
+    query: type[msgspec.Struct] | None = None
+    idempotent: bool = False
+    successes: tuple[Success, ...]
+    errors: tuple[type[CapsuleError], ...] = ()
+    documented: bool = True
+
+
+class StreamResponse(TrioResponse):
+    """An answer whose bytes come from an iterator, as fast as the client takes them. `size` None: chunked.
+
+    The iterator failing, or ending before or after `size` bytes, breaks the connection.
+    """
+
+    def __init__(self, chunks: AsyncIterator[bytes], size: int | None, media_type: str) -> None:
+        super().__init__(b"", 200, {"Content-Type": media_type})
+        self.chunks = chunks
+        self.size = size
+        self.headers.remove("Content-Length")
+        if size is not None:
+            self.headers["Content-Length"] = str(size)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> TrioResponse:
+    """`value` (structs, lists of structs) as JSON."""
+    content = {"Content-Type": "application/json", **(headers or {})}
+    return TrioResponse(msgspec.json.encode(value), status, content)
+
+
+def no_content() -> TrioResponse:
+    """204."""
+    response = TrioResponse(b"", 204)
+    response.headers.remove("Content-Type")
+    response.headers.remove("Content-Length")
+    return response

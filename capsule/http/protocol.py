@@ -1,0 +1,55 @@
+"""hypercorn's HTTP/1.1 protocol, with the few things it answers by itself put into our words."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import h11
+from hypercorn.protocol.events import Body, Response
+from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
+
+from capsule.http.errors import error_body, error_headers, from_status
+
+if TYPE_CHECKING:
+    from hypercorn.protocol.events import Event
+
+REQUEST_ID = b"x-request-id"
+"""On every answer of the application; one without it is hypercorn's own."""
+
+
+class Http11(H11Protocol):
+    """HTTP/1.1 only: an upgrade to clear-text HTTP/2 is ignored, as RFC 9110 allows. TLS and HTTP/2 are a proxy's."""
+
+    async def _check_protocol(self, event: h11.Request) -> None:
+        """Where hypercorn looks for HTTP/2."""
+
+    async def stream_send(self, event: Event) -> None:
+        if isinstance(event, Response) and event.status_code >= 400 and not _has_request_id(event.headers):
+            await self._refuse(event.status_code)
+        else:
+            await super().stream_send(event)
+
+    async def _send_error_response(self, status_code: int) -> None:
+        """h11 found the request malformed; what is left of it cannot be read."""
+        await self._refuse(status_code)
+        await self._send_h11_event(h11.EndOfMessage())
+
+    async def _refuse(self, status: int) -> None:
+        """Head and body of an answer in our form; the caller ends it."""
+        error = from_status(status)
+        request_id = secrets.token_hex(16)
+        body = error_body(error, request_id)
+        headers = {
+            **error_headers(error),
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+            "X-Request-Id": request_id,
+        }
+        raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await super().stream_send(Response(stream_id=STREAM_ID, headers=raw, status_code=error.status))
+        await super().stream_send(Body(stream_id=STREAM_ID, data=body))
+
+
+def _has_request_id(headers: list[tuple[bytes, bytes]] | Any) -> bool:
+    return any(name.lower() == REQUEST_ID for name, _ in headers)
