@@ -1,0 +1,178 @@
+"""All links of this process: which host has one, and when one is not to be trusted any more.
+
+Owns: a `HostLink` per host in use. Owned by: the control plane's main nursery.
+Takes: `call` and `open_stream` for one host, `forget`.
+Emits: answers and Faults. A connection that is lost or cannot be made is Fault `unavailable`, retryable.
+Dies when: cancelled, with all links; what is under way then fails with `unavailable`.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import trio
+
+from agent.actor.tls import connect_tls
+from agent.wire.faults import Fault, FaultCode
+from capsule.config import split_address
+from capsule.db.errors import DatabaseUnavailable
+from capsule.hosts.link import UNREACHABLE_MESSAGE, HostLink, Unreachable
+from capsule.hosts.tls import PinMismatch, check_pin
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+    from uuid import UUID
+
+    from agent.actor.peer import OpenedStream
+    from capsule.config import Settings
+    from capsule.hosts.directory import Directory, Endpoint
+    from capsule.hosts.link import Dial, LinkStatistics
+    from capsule.hosts.tls import ClientContexts
+
+log = structlog.get_logger()
+
+CHECK_INTERVAL = 5.0
+"""Seconds between looks at the host rows of open links: how long a re-registered or deleted host keeps an old one."""
+
+
+class HostLinks:
+    """See the module's docstring. `dial` is TLS in the daemon."""
+
+    def __init__(self, directory: Directory, dial: Dial, settings: Settings) -> None:
+        self._directory = directory
+        self._dial = dial
+        self._settings = settings
+        self._links: dict[UUID, HostLink] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run until cancelled; `started()` when calls can be made."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._check_endpoints)
+                task_status.started()
+        finally:
+            self._nursery = None
+
+    async def call(
+        self,
+        host: UUID,
+        method: str,
+        body: dict[str, Any],
+        *,
+        timeout: float,  # noqa: ASYNC109 - travels to the agent
+    ) -> dict[str, Any]:
+        """Ask the agent of `host` and wait for the answer; `timeout` seconds, connecting included. Raises Fault."""
+        deadline = trio.current_time() + timeout
+        async with self._link(host).use(deadline) as peer:
+            return await peer.call(method, body, timeout=_left(deadline, method))
+
+    @asynccontextmanager
+    async def open_stream(
+        self,
+        host: UUID,
+        method: str,
+        body: dict[str, Any],
+        *,
+        timeout: float = math.inf,  # noqa: ASYNC109 - travels to the agent
+    ) -> AsyncIterator[OpenedStream]:
+        """A stream to the agent of `host` for the length of the block; see OpenerPeer.open_stream. Raises Fault."""
+        deadline = trio.current_time() + timeout
+        async with (
+            self._link(host).use(deadline) as peer,
+            peer.open_stream(method, body, timeout=_left(deadline, method)) as stream,
+        ):
+            yield stream
+
+    def forget(self, host: UUID) -> None:
+        """Drop the connection now: the host was deleted, or registered anew."""
+        link = self._links.pop(host, None)
+        if link is not None:
+            link.retire(now=True)
+
+    def statistics(self) -> Mapping[UUID, LinkStatistics]:
+        """Every link that there is."""
+        return {host: link.statistics() for host, link in self._links.items()}
+
+    def _link(self, host: UUID) -> HostLink:
+        link = self._links.get(host)
+        if link is not None and link.usable:
+            return link
+        if self._nursery is None:
+            raise Fault(FaultCode.UNAVAILABLE, UNREACHABLE_MESSAGE, retryable=True)
+        if link is not None:
+            link.retire()
+        link = self._links[host] = HostLink(
+            host,
+            self._directory.find,
+            self._dial,
+            connect_timeout=self._settings.connect_timeout,
+            idle_timeout=self._settings.link_idle_timeout,
+        )
+        self._nursery.start_soon(self._run_link, link)
+        return link
+
+    async def _run_link(self, link: HostLink) -> None:
+        try:
+            await link.run()
+        finally:
+            if self._links.get(link.host) is link:
+                del self._links[link.host]
+
+    async def _check_endpoints(self) -> None:
+        """End links to what the host rows do not say any more. Rows are read, never assumed: another control plane may
+        have changed them."""
+        while True:
+            await trio.sleep(CHECK_INTERVAL)
+            dialled = {host: link.endpoint for host, link in self._links.items() if link.endpoint is not None}
+            if not dialled:
+                continue
+            try:
+                current = await self._directory.find_all(list(dialled))
+            except DatabaseUnavailable as err:
+                log.warning("host_rows_not_read", reason=str(err))
+                continue
+            for host, endpoint in dialled.items():
+                self._compare(host, endpoint, current.get(host))
+
+    def _compare(self, host: UUID, dialled: Endpoint, current: Endpoint | None) -> None:
+        link = self._links.get(host)
+        if link is None or link.endpoint is not dialled or dialled == current:
+            return
+        if current is None or current.epoch != dialled.epoch:
+            self.forget(host)
+        else:
+            link.retire()  # a renewed certificate: the agent is the same, what is under way may finish
+
+
+def tls_dial(contexts: ClientContexts) -> Dial:
+    """Mutual TLS, pinned to the certificate on the host's row."""
+    return partial(_dial_tls, contexts)
+
+
+async def _dial_tls(contexts: ClientContexts, endpoint: Endpoint) -> trio.abc.Stream:
+    try:
+        name, port = split_address(endpoint.address)
+        stream = await connect_tls(name, port, contexts.current())
+    except (trio.BrokenResourceError, OSError, ValueError) as err:
+        raise Unreachable(f"{endpoint.address}: {err}") from err
+    try:
+        check_pin(stream.peer_certificate(), endpoint.fingerprint)
+    except PinMismatch as err:
+        await trio.aclose_forcefully(stream)
+        raise Unreachable(
+            f"{endpoint.address} is another machine, or its new certificate is on its way: {err}"
+        ) from err
+    return stream
+
+
+def _left(deadline: float, method: str) -> float:
+    left = deadline - trio.current_time()
+    if left <= 0:
+        raise Fault(FaultCode.DEADLINE_EXCEEDED, f"{method} got no connection in time", retryable=True)
+    return left
