@@ -1,0 +1,210 @@
+"""Drivers under test, and small guests for the real one: a test init instead of a root file system."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import trio
+
+from agent.images.cpio import archive, regular
+from agent.images.store import ImageStore
+from agent.vmm.cgroup import CgroupTree
+from agent.vmm.driver import VmSpec
+from agent.vmm.fake import FakeVmDriver
+from agent.vmm.qemu import QemuDriver, detect_qemu
+
+IMAGES = Path(os.environ.get("CAPSULE_AGENT_IMAGES", "/var/lib/capsule/images"))
+
+UID = 64321
+"""Nobody's, so that nothing but what a VM was given is open to it."""
+
+CLONE_NEWNET = 0x40000000
+TUNSETIFF = 0x400454CA
+IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
+
+
+SECONDS_PER_TEST = 60
+
+
+@pytest.fixture(autouse=True)
+def _bounded():
+    """End a test that hangs, whatever it hangs in."""
+
+    def give_up(_signal, _frame):
+        raise TimeoutError(f"the test took more than {SECONDS_PER_TEST} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SECONDS_PER_TEST)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def open_tap():
+    """A tap in a network namespace that nothing but its descriptor holds."""
+    descriptors = []
+
+    def make():
+        if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:
+            return
+        descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        fcntl.ioctl(descriptor, TUNSETIFF, struct.pack("16sH22x", b"tap0", IFF_TAP | IFF_NO_PI))
+        descriptors.append(descriptor)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    if not descriptors:
+        pytest.skip("network namespaces and taps need root")
+    return descriptors[0]
+
+
+class Bench:
+    """A driver with what a test needs around it: fresh specs, a way to crash a VM and to make a boot fail."""
+
+    def __init__(self, driver, root):
+        self.driver = driver
+        self.root = root
+        self.taps = []
+        self._template = None
+
+    def spec(self, sandbox_id="one", *, mode="idle", **changes):
+        directory = self.root / sandbox_id
+        directory.mkdir()
+        disk = directory / "disk.raw"
+        disk.write_bytes(bytes(1 << 20))
+        kernel, initramfs = self.boot_files()
+        spec = VmSpec(
+            sandbox_id=sandbox_id,
+            directory=directory,
+            vcpus=1,
+            memory_mb=96,
+            kernel=kernel,
+            initramfs=initramfs,
+            disk=disk,
+            disk_format="raw",
+            tap_fd=self.open_tap(),
+            mac="02:00:00:00:00:01",
+            uid=UID,
+            gid=UID,
+            kernel_arguments=(f"mode={mode}",),
+        )
+        return replace(spec, **changes)
+
+
+class FakeBench(Bench):
+    def boot_files(self):
+        return Path("/kernel"), Path("/initramfs")
+
+    def open_tap(self):
+        return -1
+
+    def crash(self, vm):
+        self.driver.machines[vm.process].die("it crashed")
+
+    def doomed_spec(self):
+        self.driver.fail_next_boot("no such kernel")
+        return self.spec("doomed")
+
+    async def close(self):
+        pass
+
+
+class QemuBench(Bench):
+    def __init__(self, driver, root, files, cgroups):
+        super().__init__(driver, root)
+        self.files = files
+        self.cgroups = cgroups
+
+    def boot_files(self):
+        return self.files
+
+    def open_tap(self):
+        self.taps.append(open_tap())
+        return self.taps[-1]
+
+    def crash(self, vm):
+        os.kill(vm.process.pid, 9)
+
+    def doomed_spec(self):
+        return self.spec("doomed", kernel=Path("/nonexistent/kernel"))
+
+    async def close(self):
+        for process in self.driver.find_orphans(self.root).values():
+            await self.driver.kill_process(process)
+        await self.driver.remove_leftovers()
+        for tap in self.taps:
+            os.close(tap)
+
+
+@pytest.fixture(scope="session")
+def boot_files(tmp_path_factory):
+    """Kernel and initramfs: the image's, with /init replaced by guest.c. The kernel unpacks both archives in turn."""
+    if os.geteuid() != 0:
+        pytest.skip("VMs need root (for now: taps, users, control groups)")
+    if not IMAGES.is_dir():
+        pytest.skip(f"no images in {IMAGES}; build them with: python -m agent.images build")
+    if shutil.which("musl-gcc") is None:
+        pytest.skip("musl-gcc is not installed (apt-get install musl-tools)")
+    image = ImageStore(IMAGES).load("minimal")
+    with tempfile.TemporaryDirectory(prefix="capsule-guest-") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        init = directory / "init"
+        source = Path(__file__).with_name("guest.c")
+        subprocess.run(["musl-gcc", "-Os", "-static", "-s", "-o", init, source], check=True)
+        initramfs = directory / "initramfs"
+        initramfs.write_bytes(image.initramfs.read_bytes() + archive([regular("init", init.read_bytes(), mode=0o755)]))
+        initramfs.chmod(0o644)
+        yield image.kernel, initramfs
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    """What this machine runs guests with, found out once."""
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed (apt-get install qemu-system-x86)")
+    return trio.run(detect_qemu)._accelerator
+
+
+@pytest.fixture
+def root():
+    """Where sandboxes have their directories. Not tmp_path: a VM's user could not reach what lies in there."""
+    with tempfile.TemporaryDirectory(prefix="capsule-vmm-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.fixture
+async def qemu(boot_files, accelerator, root):
+    cgroups = CgroupTree.detect(f"capsule-test-{os.getpid()}")
+    driver = QemuDriver(binary=Path(shutil.which("qemu-system-x86_64")), accelerator=accelerator, cgroups=cgroups)
+    bench = QemuBench(driver, root, boot_files, cgroups)
+    yield bench
+    await bench.close()
+    if cgroups._parent is not None and cgroups._parent.exists():
+        cgroups._parent.rmdir()
+
+
+@pytest.fixture
+def fake(root):
+    return FakeBench(FakeVmDriver(), root)
+
+
+@pytest.fixture(
+    params=["fake", pytest.param("qemu", marks=[pytest.mark.vm, pytest.mark.host])],
+)
+def bench(request):
+    """Every driver, each test once with each."""
+    return request.getfixturevalue(request.param)
