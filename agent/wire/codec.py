@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import msgspec
 
-from agent.wire.faults import LocalProtocolError, RemoteProtocolError
+from agent.wire.faults import FrameTooLargeError, LocalProtocolError, RemoteProtocolError
 from agent.wire.framing import PREFIX_BYTES
 from agent.wire.limits import MAX_DEPTH, MAX_FRAME_BYTES
-from agent.wire.messages import Failure, Frame, Open, Reply
+from agent.wire.messages import Body, Data, Failure, Frame, Open, Reply
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
-_SCALARS = (str, bytes, bool, int, float, type(None))
+_SCALARS = frozenset({str, bytes, bool, int, float, type(None)})
+_PLAIN = _SCALARS | {dict, list}
 
 
 def encode(frame: Frame) -> bytearray:
-    """The frame with its length prefix.
+    """The frame with its length prefix. Whatever the peer would refuse is refused here, except the range of a DATA's
+    fields, which `Link.send_data` looks after: a bad body must fail its own call, not the connection of all others.
 
     Raises:
-        LocalProtocolError: a body holds a value that msgpack has no form for, or the frame is too large.
+        FrameTooLargeError: the frame has more bytes than a frame may have.
+        LocalProtocolError: a field out of its range, or a body that is not plain data or too deep.
     """
     out = bytearray(PREFIX_BYTES)
     try:
@@ -29,12 +33,17 @@ def encode(frame: Frame) -> bytearray:
         raise LocalProtocolError(f"cannot encode {type(frame).__name__}: {err}") from err
     length = len(out) - PREFIX_BYTES
     if length > MAX_FRAME_BYTES:
-        raise LocalProtocolError(f"{type(frame).__name__} of {length} bytes; at most {MAX_FRAME_BYTES} fit")
+        raise FrameTooLargeError(f"{type(frame).__name__} of {length} bytes; at most {MAX_FRAME_BYTES} fit")
+    if not isinstance(frame, Data):
+        try:
+            decode(memoryview(out)[PREFIX_BYTES:])
+        except RemoteProtocolError as err:
+            raise LocalProtocolError(f"the peer would refuse this {type(frame).__name__}: {err}") from err
     out[:PREFIX_BYTES] = length.to_bytes(PREFIX_BYTES, "big")
     return out
 
 
-def decode(payload: bytes) -> Frame:
+def decode(payload: bytes | memoryview) -> Frame:
     """The frame in `payload` (without its prefix).
 
     Raises:
@@ -46,23 +55,30 @@ def decode(payload: bytes) -> Frame:
     except (msgspec.MsgspecError, RecursionError, ValueError, TypeError) as err:
         raise RemoteProtocolError(f"not a frame: {err}") from err
     if isinstance(frame, Open | Reply):
-        _check_plain(frame.body, MAX_DEPTH)
+        _check_plain(frame.body)
     elif isinstance(frame, Failure):
-        _check_plain(frame.details, MAX_DEPTH)
+        _check_plain(frame.details)
     return frame
 
 
-def _check_plain(value: Any, depth: int) -> None:
-    """Refuse bodies with extension types, keys that are not strings, or more than `depth` levels."""
-    if isinstance(value, dict):
-        if depth == 0 or not all(isinstance(key, str) for key in value):
-            raise RemoteProtocolError("body too deep, or a key that is not a string")
-        for item in value.values():
-            _check_plain(item, depth - 1)
-    elif isinstance(value, list):
-        if depth == 0:
-            raise RemoteProtocolError("body too deep")
-        for item in value:
-            _check_plain(item, depth - 1)
-    elif not isinstance(value, _SCALARS):
-        raise RemoteProtocolError(f"body holds a {type(value).__name__}")
+def _check_plain(body: Body) -> None:
+    """Refuse extension types, keys that are not strings, and more than MAX_DEPTH levels.
+
+    Level by level with the interpreter's own loops: a hostile frame can hold two million values, and a Python call
+    for each would hold the event loop for half a second.
+    """
+    if _SCALARS.issuperset(map(type, body.values())):
+        return
+    level: list[Any] = [body]
+    for _ in range(MAX_DEPTH):
+        maps = [value for value in level if type(value) is dict]
+        if not {str}.issuperset(map(type, chain.from_iterable(maps))):
+            raise RemoteProtocolError("body with a key that is not a string")
+        lists = [value for value in level if type(value) is list]
+        level = [*chain.from_iterable(map(dict.values, maps)), *chain.from_iterable(lists)]
+        kinds = set(map(type, level))
+        if not kinds <= _PLAIN:
+            raise RemoteProtocolError(f"body holds a {(kinds - _PLAIN).pop().__name__}")
+        if kinds <= _SCALARS:
+            return
+    raise RemoteProtocolError(f"body of more than {MAX_DEPTH} levels")

@@ -60,5 +60,9 @@ class LocalProtocolError(ProtocolError):
     """Our own code misused the protocol: a bug. The link's state is unchanged."""
 
 
+class FrameTooLargeError(LocalProtocolError):
+    """What was to be sent does not fit into one frame."""
+
+
 class RemoteProtocolError(ProtocolError):
     """The peer broke the protocol: the link is unusable and must be closed. Not our bug, never a crash."""

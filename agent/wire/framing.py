@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
+
 from agent.wire.faults import RemoteProtocolError
 from agent.wire.limits import MAX_FRAME_BYTES
 
-PREFIX_BYTES = 4
+_PREFIX = struct.Struct(">I")
+PREFIX_BYTES = _PREFIX.size
 _COMPACT_AT = 256 * 1024
 
 
@@ -30,21 +33,22 @@ class FrameBuffer:
         Raises:
             RemoteProtocolError: the announced length is 0 or larger than the limit, before its bytes are waited for.
         """
-        if len(self) < PREFIX_BYTES:
-            return None
         begin = self._start + PREFIX_BYTES
-        length = int.from_bytes(self._bytes[self._start : begin], "big")
+        if begin > len(self._bytes):
+            return None
+        (length,) = _PREFIX.unpack_from(self._bytes, self._start)
         if not 0 < length <= self._max:
             raise RemoteProtocolError(f"frame of {length} bytes; 1 to {self._max} are allowed")
-        if len(self) < PREFIX_BYTES + length:
+        end = begin + length
+        if end > len(self._bytes):
             return None
         with memoryview(self._bytes) as view:
-            frame = bytes(view[begin : begin + length])
-        self._start = begin + length
-        if self._start == len(self._bytes):
+            frame = bytes(view[begin:end])
+        self._start = end
+        if end == len(self._bytes):
             self._bytes.clear()
             self._start = 0
-        elif self._start > _COMPACT_AT:
-            del self._bytes[: self._start]
+        elif end > _COMPACT_AT:
+            del self._bytes[:end]
             self._start = 0
         return frame

@@ -10,6 +10,9 @@ unfinished frame can make us hold."""
 MAX_DATA_BYTES = 64 * 1024
 """Payload of one DATA frame: larger chunks are slower here (design/stack.md §5) and delay other streams."""
 
+MAX_CHANNEL = 255
+"""Highest channel of a stream."""
+
 MAX_DEPTH = 16
 """Nesting of a body."""
 

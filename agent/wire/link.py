@@ -7,7 +7,7 @@ closes the link for good; a rule we break raises LocalProtocolError and changes 
 
 from __future__ import annotations
 
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
 from typing import TYPE_CHECKING, Any
 
 from agent.wire import limits
@@ -42,7 +42,7 @@ class Role(Enum):
     SERVER = auto()
 
 
-class LinkState(Enum):
+class LinkState(IntEnum):
     """Where a connection stands."""
 
     HELLO = auto()
@@ -51,7 +51,7 @@ class LinkState(Enum):
     CLOSED = auto()
 
 
-class LinkEvent(Enum):
+class LinkEvent(IntEnum):
     """What happens to a connection."""
 
     HELLO = auto()
@@ -70,6 +70,7 @@ TRANSITIONS: dict[tuple[LinkState, LinkEvent], LinkState] = {
 }
 """A pair that is not listed is the peer's broken rule."""
 
+_LINK_EVENTS = {Hello: LinkEvent.HELLO, Goaway: LinkEvent.GOAWAY}
 _SENT_BY_OPENER = {Data: StreamEvent.DATA_UP, End: StreamEvent.END, Cancel: StreamEvent.CANCEL}
 _SENT_BY_SERVER = {Data: StreamEvent.DATA_DOWN, Reply: StreamEvent.FINAL, Failure: StreamEvent.FINAL}
 
@@ -85,7 +86,9 @@ class Link:
         features: Iterable[str] = (),
         initial_credit: int = limits.INITIAL_CREDIT,
         max_streams: int = limits.MAX_STREAMS,
+        max_frame_bytes: int = limits.MAX_FRAME_BYTES,
     ) -> None:
+        """`initial_credit`, `max_streams` (of a server) and `max_frame_bytes` bound what the peer can make us hold."""
         self.role = role
         self.state = LinkState.HELLO
         self.peer_hello: Hello | None = None
@@ -93,10 +96,10 @@ class Link:
         self._max_streams = max_streams if role is Role.SERVER else 0
         self._streams: dict[int, StreamBook] = {}
         self._last_id = 0
-        self._buffer = FrameBuffer()
+        self._buffer = FrameBuffer(max_frame_bytes)
         self._out: list[bytearray] = []
         self.bytes_to_send = 0
-        self._heard = now
+        self._began = self._heard = now
         self._ping_sent: float | None = None
         self._ping_nonce = 0
         self._pong_unsent = False
@@ -125,8 +128,7 @@ class Link:
         return events
 
     def _receive(self, frame: Frame) -> Frame | None:
-        kind = {Hello: LinkEvent.HELLO, Goaway: LinkEvent.GOAWAY}.get(type(frame), LinkEvent.FRAME)
-        after = TRANSITIONS.get((self.state, kind))
+        after = TRANSITIONS.get((self.state, _LINK_EVENTS.get(type(frame), LinkEvent.FRAME)))
         if after is None:
             raise RemoteProtocolError(f"{type(frame).__name__} while the link is {self.state.name}")
         self.state = after
@@ -199,7 +201,7 @@ class Link:
         """Ask the server for `method`; returns the stream's id."""
         if self.role is not Role.OPENER or self.state is not LinkState.READY or self.peer_hello is None:
             raise LocalProtocolError(f"cannot open a stream as {self.role.name} while {self.state.name}")
-        if self._last_id >= limits.MAX_STREAM_ID or len(self._streams) >= self.peer_hello.max_streams:
+        if self.ids_used_up() or len(self._streams) >= self.peer_hello.max_streams:
             raise LocalProtocolError("no stream id or no room left on this connection")
         self._queue(Open(self._last_id + 1, method, body, timeout_ms))
         self._last_id += 1
@@ -208,8 +210,8 @@ class Link:
 
     def send_data(self, stream: int, channel: int, data: bytes) -> None:
         """Send 1 … MAX_DATA_BYTES bytes within `send_credit(stream)`."""
-        if not 0 < len(data) <= limits.MAX_DATA_BYTES:
-            raise LocalProtocolError(f"DATA of {len(data)} bytes")
+        if not 0 < len(data) <= limits.MAX_DATA_BYTES or not 0 <= channel <= limits.MAX_CHANNEL:
+            raise LocalProtocolError(f"DATA of {len(data)} bytes on channel {channel}")
         up = self.role is Role.OPENER
         book = self._apply(stream, StreamEvent.DATA_UP if up else StreamEvent.DATA_DOWN)
         try:
@@ -220,19 +222,22 @@ class Link:
 
     def send_end(self, stream: int) -> None:
         """Opener: no more DATA from us."""
-        self._apply(stream, StreamEvent.END)
+        self._apply(stream, StreamEvent.END, only=Role.OPENER)
         self._queue(End(stream))
 
     def cancel(self, stream: int) -> None:
         """Opener: no answer wanted any more; wait for the last frame nevertheless."""
-        self._apply(stream, StreamEvent.CANCEL)
+        self._apply(stream, StreamEvent.CANCEL, only=Role.OPENER)
         self._queue(Cancel(stream))
 
     def grant(self, stream: int, amount: int) -> None:
         """We have consumed `amount` received bytes: let the peer send that many more."""
         up = self.role is Role.OPENER
         book = self._apply(stream, StreamEvent.CREDIT_UP if up else StreamEvent.CREDIT_DOWN)
-        book.receive_credit += amount
+        try:
+            book.earn_receive(amount)
+        except StreamRuleBroken as err:
+            raise LocalProtocolError(str(err)) from err
         self._queue(Credit(stream, amount))
 
     def reply(self, stream: int, body: dict[str, Any]) -> None:
@@ -251,9 +256,9 @@ class Link:
 
     def goaway(self, code: str, message: str) -> None:
         """Announce that we take (server) or open (opener) no new streams."""
+        self._queue(Goaway(code, message))
         if self.state is LinkState.READY:
             self.state = LinkState.DRAINING
-        self._queue(Goaway(code, message))
 
     def data_to_send(self) -> bytes:
         """Take everything queued so far, to be written in one piece."""
@@ -273,6 +278,10 @@ class Link:
         """Streams not retired yet."""
         return len(self._streams)
 
+    def ids_used_up(self) -> bool:
+        """Whether no stream can be opened any more, ever."""
+        return self._last_id >= limits.MAX_STREAM_ID
+
     def send_credit(self, stream: int) -> int:
         """Bytes we may send on this stream now (0 when it is gone)."""
         book = self._streams.get(stream)
@@ -285,7 +294,7 @@ class Link:
     def next_timer(self) -> float:
         """When `handle_timer` must be called at the latest."""
         if self.state is LinkState.HELLO:
-            return self._heard + limits.HELLO_TIMEOUT
+            return self._began + limits.HELLO_TIMEOUT
         if self._ping_sent is not None:
             return self._ping_sent + limits.PING_TIMEOUT
         return self._heard + limits.PING_INTERVAL
@@ -305,7 +314,9 @@ class Link:
         assert self.peer_hello is not None  # noqa: S101 - a frame before HELLO was refused above
         self._streams[stream] = StreamBook(self.peer_hello.initial_credit, self._initial_credit)
 
-    def _apply(self, stream: int, event: StreamEvent) -> StreamBook:
+    def _apply(self, stream: int, event: StreamEvent, *, only: Role | None = None) -> StreamBook:
+        if only not in {None, self.role}:
+            raise LocalProtocolError(f"{event.name} by the {self.role.name}")
         book = self._streams.get(stream)
         if book is None:
             raise LocalProtocolError(f"stream {stream} is not open")

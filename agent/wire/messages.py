@@ -47,7 +47,7 @@ class Data(_Frame, frozen=True, tag=2):
     """Bytes of a stream, both ways, within the credit the receiver granted. What a `channel` means is the method's."""
 
     stream: StreamId
-    channel: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    channel: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_CHANNEL)]
     data: Annotated[bytes, msgspec.Meta(min_length=1, max_length=limits.MAX_DATA_BYTES)]
 
 

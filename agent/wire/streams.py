@@ -6,12 +6,12 @@ Both ends drive the same table with the frames they send and receive, so neither
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 from agent.wire.limits import MAX_CREDIT
 
 
-class StreamState(Enum):
+class StreamState(IntEnum):
     """Where a stream stands."""
 
     OPEN = auto()
@@ -20,7 +20,7 @@ class StreamState(Enum):
     DONE = auto()
 
 
-class StreamEvent(Enum):
+class StreamEvent(IntEnum):
     """What happens to a stream: UP is from opener to server, DOWN from server to opener."""
 
     DATA_UP = auto()
@@ -81,6 +81,12 @@ class StreamBook:
         if amount > self.receive_credit:
             raise StreamRuleBroken(f"{amount} bytes with a credit of {self.receive_credit}")
         self.receive_credit -= amount
+
+    def earn_receive(self, amount: int) -> None:
+        """We grant `amount` bytes. The peer has at most the credit we count, so what fits here fits there."""
+        if not 0 < amount <= MAX_CREDIT - self.receive_credit:
+            raise StreamRuleBroken(f"a grant of {amount} bytes on top of {self.receive_credit}")
+        self.receive_credit += amount
 
     def earn_send(self, amount: int) -> None:
         """The peer granted `amount` bytes."""
