@@ -1,0 +1,201 @@
+/* configure: the guest learns who it is, on its first start and after every resume. */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "child.h"
+#include "fields.h"
+#include "job.h"
+#include "guest_limits.h"
+#include "methods.h"
+#include "pack.h"
+
+/* <linux/random.h>, which musl's compiler wrapper does not find. */
+#define RNDADDENTROPY _IOW('R', 0x03, int[2])
+#define RNDRESEEDCRNG _IO('R', 0x07)
+struct EntropyPool {
+    int entropy_count; /* bits */
+    int buf_size;
+    uint8_t buf[MAX_ENTROPY_BYTES];
+};
+
+struct Configure {
+    struct Slice hostname;
+    struct Slice dns;
+    struct Slice envs;
+    struct Slice entropy;
+    struct Integer time_ns;
+};
+
+static bool system_changes;
+static struct Bytes default_envs;
+
+void configure_system_changes(bool allowed) { system_changes = allowed; }
+
+struct Slice configure_envs(void) {
+    return default_envs.length > 0 ? bytes_slice(&default_envs) : (struct Slice){.data = NULL};
+}
+
+/* --- in the child ------------------------------------------------------------------------------------------- */
+
+/* Replaced, not written through: either may be a symbolic link that leads to a daemon which is not there. */
+static void replace(const char *path, const struct Bytes *content) {
+    char temporary[64];
+    snprintf(temporary, sizeof temporary, "%s.capsule", path);
+    unlink(temporary);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
+    if (fd < 0) {
+        if (errno == ENOENT) {
+            return; /* an image without /etc has nobody who would read it */
+        }
+        worker_errno(errno, path);
+    }
+    if (content->failed || !write_all(fd, content->data, content->length) || rename(temporary, path) != 0) {
+        int reason = errno;
+        unlink(temporary);
+        worker_errno(reason, path);
+    }
+    close(fd);
+}
+
+static void apply_hostname(struct Slice hostname) {
+    if (sethostname((const char *)hostname.data, hostname.length) != 0) {
+        worker_fault("permission_denied", "cannot set the host name: %s", strerror(errno));
+    }
+    struct Bytes content = {0};
+    bytes_append(&content, hostname.data, hostname.length);
+    bytes_append(&content, "\n", 1);
+    replace("/etc/hostname", &content);
+}
+
+static void apply_dns(struct Slice dns) {
+    struct Bytes content = {0};
+    struct StringWalk walk = strings_walk(dns);
+    for (struct Slice server; walk_next(&walk, &server);) {
+        bytes_append(&content, "nameserver ", 11);
+        bytes_append(&content, server.data, server.length);
+        bytes_append(&content, "\n", 1);
+    }
+    replace("/etc/resolv.conf", &content);
+}
+
+static void apply_time(int64_t time_ns) {
+    struct timespec now = {.tv_sec = time_ns / 1000000000, .tv_nsec = time_ns % 1000000000};
+    if (clock_settime(CLOCK_REALTIME, &now) != 0) {
+        worker_fault("permission_denied", "cannot set the clock: %s", strerror(errno));
+    }
+}
+
+/* Two guests of one snapshot have the same pool: new bytes first, then a key made from them at once. */
+static void apply_entropy(struct Slice entropy) {
+    struct EntropyPool pool = {.entropy_count = (int)entropy.length * 8, .buf_size = (int)entropy.length};
+    memcpy(pool.buf, entropy.data, entropy.length);
+    int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
+    if (fd < 0 || ioctl(fd, RNDADDENTROPY, &pool) != 0) {
+        worker_fault("permission_denied", "cannot add entropy: %s", strerror(errno));
+    }
+    ioctl(fd, RNDRESEEDCRNG); /* kernels before 4.14 do not have it */
+    close(fd);
+}
+
+static void run(const void *argument) {
+    const struct Configure *configure = argument;
+    struct Bytes body = {0};
+    if (system_changes) {
+        if (configure->time_ns.present) {
+            apply_time(configure->time_ns.value);
+        }
+        if (configure->entropy.length > 0) {
+            apply_entropy(configure->entropy);
+        }
+        if (configure->hostname.data != NULL) {
+            apply_hostname(configure->hostname);
+        }
+        if (configure->dns.data != NULL) {
+            apply_dns(configure->dns);
+        }
+    }
+    pack_map(&body, 0);
+    worker_reply(&body);
+}
+
+/* --- in the loop -------------------------------------------------------------------------------------------- */
+
+static bool is_hostname(struct Slice name) {
+    for (size_t i = 0; i < name.length; i++) {
+        uint8_t c = name.data[i];
+        bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
+        if (!letter && !((c == '-' || c == '.') && i > 0)) {
+            return false;
+        }
+    }
+    return name.length > 0;
+}
+
+static bool are_addresses(struct Slice dns) {
+    struct StringWalk walk = strings_walk(dns);
+    for (struct Slice server; walk_next(&walk, &server);) {
+        char text[INET6_ADDRSTRLEN] = "";
+        struct in6_addr address;
+        if (server.length >= sizeof text) {
+            return false;
+        }
+        memcpy(text, server.data, server.length);
+        if (inet_pton(AF_INET, text, &address) != 1 && inet_pton(AF_INET6, text, &address) != 1) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool read_configure(struct Slice body, struct Configure *configure, char *error) {
+    const struct Field fields[] = {
+        {.name = "hostname", .type = FIELD_STRING, .target = &configure->hostname, .high = MAX_HOSTNAME_BYTES},
+        {.name = "dns", .type = FIELD_STRINGS, .target = &configure->dns, .high = MAX_NAMESERVERS},
+        {.name = "envs", .type = FIELD_ENVS, .target = &configure->envs, .high = MAX_ENVS},
+        {.name = "time_ns", .type = FIELD_INTEGER, .target = &configure->time_ns, .low = 0, .high = INT64_MAX},
+        {.name = "entropy", .type = FIELD_BINARY, .target = &configure->entropy, .high = MAX_ENTROPY_BYTES},
+    };
+    if (!fields_read(body, fields, sizeof fields / sizeof *fields, error)) {
+        return false;
+    }
+    const char *wrong = NULL;
+    if (configure->hostname.data != NULL && !is_hostname(configure->hostname)) {
+        wrong = "hostname must be made of letters, digits, '-' and '.'";
+    } else if (!are_addresses(configure->dns)) {
+        wrong = "dns must hold IP addresses";
+    } else if (configure->envs.length > MAX_DEFAULT_ENVS_BYTES) {
+        wrong = "envs are larger than 128 KiB";
+    }
+    if (wrong != NULL) {
+        strcpy(error, wrong);
+    }
+    return wrong == NULL;
+}
+
+void configure_open(struct Connection *connection, const struct Frame *open) {
+    struct Configure configure = {0};
+    char error[FIELD_ERROR_BYTES];
+    if (!read_configure(open->body, &configure, error)) {
+        connection_fault(connection, open->stream, "invalid_argument", "%s", error);
+        return;
+    }
+    if (configure.envs.data != NULL) {
+        struct Bytes envs = {0};
+        bytes_append(&envs, configure.envs.data, configure.envs.length);
+        if (envs.failed) {
+            connection_fault(connection, open->stream, "internal", "the guest is out of memory");
+            return;
+        }
+        bytes_free(&default_envs);
+        default_envs = envs;
+    }
+    const struct Spawn spawn = {.kind = JOB_OPERATION, .run = run, .argument = &configure};
+    job_spawn(connection, open, &spawn);
+}

@@ -1,0 +1,287 @@
+#include "connection.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "frames.h"
+#include "job.h"
+#include "guest_limits.h"
+#include "methods.h"
+
+#define PREFIX_BYTES 4
+
+static struct Watch listener = {.fd = -1};
+static struct in_addr allowed_peer;
+static struct Connection *connections;
+static unsigned connection_count;
+
+bool connection_congested(const struct Connection *connection) {
+    return connection->broken || connection->out.length >= OUTPUT_HIGH_WATER;
+}
+
+void connection_reply(struct Connection *connection, uint32_t stream, const struct Bytes *body) {
+    if (body->failed) {
+        connection_fault(connection, stream, "internal", "the guest is out of memory");
+        return;
+    }
+    frame_reply(&connection->out, stream, bytes_slice(body));
+}
+
+void connection_fault(struct Connection *connection, uint32_t stream, const char *code, const char *format, ...) {
+    char message[MAX_TEXT_CHARS + 256];
+    va_list values;
+    va_start(values, format);
+    vsnprintf(message, sizeof message, format, values);
+    va_end(values);
+    frame_fault(&connection->out, stream, code, message);
+}
+
+/* --- frames ------------------------------------------------------------------------------------------------- */
+
+static bool receive_hello(struct Connection *connection, const struct Frame *frame) {
+    if (connection->greeted || frame->tag != TAG_HELLO || frame->version != PROTOCOL_VERSION) {
+        return false;
+    }
+    connection->greeted = true;
+    connection->initial_credit = frame->initial_credit;
+    return true;
+}
+
+static bool receive_open(struct Connection *connection, const struct Frame *frame) {
+    if (frame->stream <= connection->last_stream || connection->streams >= MAX_STREAMS) {
+        return false;
+    }
+    connection->last_stream = frame->stream;
+    methods_open(connection, frame);
+    return true;
+}
+
+static bool receive_ping(struct Connection *connection, const struct Frame *frame) {
+    if (connection->pong_at > connection->queued_before) {
+        return false;
+    }
+    frame_pong(&connection->out, frame->nonce);
+    connection->pong_at = connection->queued_before + connection->out.length;
+    return true;
+}
+
+/* False when the frame breaks the protocol. */
+static bool receive_frame(struct Connection *connection, const struct Frame *frame) {
+    if (!connection->greeted || frame->tag == TAG_HELLO) {
+        return receive_hello(connection, frame);
+    }
+    switch (frame->tag) {
+    case TAG_OPEN:
+        return receive_open(connection, frame);
+    case TAG_PING:
+        return receive_ping(connection, frame);
+    case TAG_GOAWAY: /* the opener opens no more; open streams go on */
+        return true;
+    case TAG_DATA:
+    case TAG_END:
+    case TAG_CREDIT:
+    case TAG_CANCEL:
+        return frame->stream <= connection->last_stream && job_receive(connection, frame);
+    default: /* PONG: we never ask */
+        return false;
+    }
+}
+
+static void process_input(struct Connection *connection) {
+    struct Bytes *in = &connection->in;
+    while (!connection_congested(connection) && in->length >= PREFIX_BYTES) {
+        const uint8_t *front = bytes_front(in);
+        size_t length = (size_t)front[0] << 24 | (size_t)front[1] << 16 | (size_t)front[2] << 8 | front[3];
+        if (length == 0 || length > MAX_FRAME_BYTES) {
+            connection->broken = true;
+            return;
+        }
+        if (in->length < PREFIX_BYTES + length) {
+            connection->broken = !bytes_reserve(in, PREFIX_BYTES + length - in->length);
+            return;
+        }
+        struct Frame frame;
+        struct Slice payload = {.data = front + PREFIX_BYTES, .length = length};
+        if (!frame_decode(payload, &frame) || !receive_frame(connection, &frame)) {
+            connection->broken = true;
+            return;
+        }
+        bytes_consume(in, PREFIX_BYTES + length);
+    }
+}
+
+/* --- bytes -------------------------------------------------------------------------------------------------- */
+
+static void receive_bytes(struct Connection *connection) {
+    struct Bytes *in = &connection->in;
+    if (!bytes_reserve(in, READ_BYTES)) {
+        connection->broken = true;
+        return;
+    }
+    size_t room = in->capacity - in->start - in->length;
+    ssize_t count = recv(connection->socket.fd, bytes_tail(in), room, MSG_DONTWAIT);
+    if (count > 0) {
+        in->length += (size_t)count;
+        process_input(connection);
+    } else if (count == 0 || (errno != EAGAIN && errno != EINTR)) {
+        connection->broken = true;
+    }
+}
+
+static void send_bytes(struct Connection *connection) {
+    struct Bytes *out = &connection->out;
+    while (out->length > 0 && !out->failed) {
+        ssize_t count = send(connection->socket.fd, bytes_front(out), out->length, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (count < 0) {
+            connection->broken = errno != EAGAIN && errno != EINTR;
+            break;
+        }
+        bytes_consume(out, (size_t)count);
+        connection->queued_before += (uint64_t)count;
+    }
+    connection->broken |= out->failed;
+}
+
+static void connection_ready(void *owner, uint32_t events) {
+    struct Connection *connection = owner;
+    if (connection->broken) {
+        return;
+    }
+    if (events & EPOLLIN) {
+        receive_bytes(connection);
+    } else if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) {
+        connection->broken = true;
+    }
+}
+
+static void close_connection(struct Connection *connection) {
+    jobs_abandon(connection);
+    loop_close(&connection->socket);
+    bytes_free(&connection->in);
+    bytes_free(&connection->out);
+    connection_count--;
+    loop_discard(connection);
+}
+
+/* True when something changed that jobs wait for: output went away that had held them up, or input was acted on. */
+static bool settle_connection(struct Connection *connection) {
+    bool congested = connection_congested(connection);
+    size_t waiting = connection->in.length;
+    send_bytes(connection);
+    if (!connection->broken) {
+        process_input(connection);
+    }
+    bool acted = connection->in.length != waiting;
+    if (!connection->greeted && clock_monotonic_ns() >= connection->hello_deadline) {
+        connection->broken = true;
+    }
+    if (connection->broken) {
+        return true;
+    }
+    uint32_t events = EPOLLRDHUP;
+    events |= connection_congested(connection) ? 0 : EPOLLIN;
+    events |= connection->out.length > 0 ? EPOLLOUT : 0;
+    loop_watch(&connection->socket, events);
+    return acted || (congested && !connection_congested(connection));
+}
+
+bool connections_settle(void) {
+    bool again = false;
+    for (struct Connection **at = &connections; *at != NULL;) {
+        struct Connection *connection = *at;
+        again |= settle_connection(connection);
+        if (connection->broken) {
+            *at = connection->next;
+            close_connection(connection);
+        } else {
+            at = &connection->next;
+        }
+    }
+    return again;
+}
+
+uint64_t connections_deadline(void) {
+    uint64_t deadline = NEVER;
+    for (struct Connection *connection = connections; connection != NULL; connection = connection->next) {
+        if (!connection->greeted && connection->hello_deadline < deadline) {
+            deadline = connection->hello_deadline;
+        }
+    }
+    return deadline;
+}
+
+/* --- accepting ---------------------------------------------------------------------------------------------- */
+
+/* The host of before a restore is gone without a word: keep-alive finds out. */
+static void set_options(int fd) {
+    const struct {
+        int level, name, value;
+    } options[] = {
+        {IPPROTO_TCP, TCP_NODELAY, 1},    {SOL_SOCKET, SO_KEEPALIVE, 1}, {IPPROTO_TCP, TCP_KEEPIDLE, 15},
+        {IPPROTO_TCP, TCP_KEEPINTVL, 5}, {IPPROTO_TCP, TCP_KEEPCNT, 3}, {IPPROTO_TCP, TCP_USER_TIMEOUT, 30000},
+    };
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
+        setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof options[i].value);
+    }
+}
+
+static void add_connection(int fd) {
+    struct Connection *connection = calloc(1, sizeof *connection);
+    if (connection == NULL) {
+        close(fd);
+        return;
+    }
+    set_options(fd);
+    connection->socket = (struct Watch){.fd = fd, .ready = connection_ready, .owner = connection};
+    connection->hello_deadline = clock_monotonic_ns() + HELLO_TIMEOUT_NS;
+    connection->next = connections;
+    connections = connection;
+    connection_count++;
+    frame_hello(&connection->out);
+}
+
+static void accept_ready(void *owner, uint32_t events) {
+    (void)owner;
+    (void)events;
+    struct sockaddr_in peer;
+    socklen_t size = sizeof peer;
+    int fd = accept4(listener.fd, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd < 0) {
+        return;
+    }
+    if (size != sizeof peer || peer.sin_addr.s_addr != allowed_peer.s_addr || connection_count >= MAX_CONNECTIONS) {
+        close(fd);
+        return;
+    }
+    add_connection(fd);
+}
+
+uint16_t connections_listen(struct in_addr address, uint16_t port, struct in_addr peer) {
+    struct sockaddr_in name = {.sin_family = AF_INET, .sin_addr = address, .sin_port = htons(port)};
+    socklen_t size = sizeof name;
+    int on = 1;
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0) {
+        return 0;
+    }
+    if (setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) != 0 ||
+        bind(fd, (struct sockaddr *)&name, size) != 0 || listen(fd, MAX_CONNECTIONS) != 0 ||
+        getsockname(fd, (struct sockaddr *)&name, &size) != 0) {
+        int reason = errno;
+        close(fd);
+        errno = reason;
+        return 0;
+    }
+    allowed_peer = peer;
+    listener = (struct Watch){.fd = fd, .ready = accept_ready};
+    loop_watch(&listener, EPOLLIN);
+    return ntohs(name.sin_port);
+}

@@ -1,0 +1,41 @@
+/* Connections of openers: bytes in, frames out.
+ *
+ * Owns: the listening socket, every accepted socket and its buffers.   Owned by: the main loop.
+ * Dies when: the opener closes, breaks the protocol, or says no HELLO in time; its jobs are killed with it.
+ */
+#ifndef CAPSULE_CONNECTION_H
+#define CAPSULE_CONNECTION_H
+
+#include <netinet/in.h>
+
+#include "bytes.h"
+#include "loop.h"
+
+struct Connection {
+    struct Connection *next; /* first: see loop_discard */
+    struct Watch socket;
+    struct Bytes in;
+    struct Bytes out;
+    uint64_t hello_deadline;
+    uint64_t queued_before; /* bytes that ever left `out`: what makes positions in it absolute */
+    uint64_t pong_at;       /* where the last PONG ends: another PING before that is sent breaks rule 7 */
+    uint32_t initial_credit;
+    uint32_t last_stream;
+    unsigned streams;
+    bool greeted;
+    bool broken; /* closed by the next connections_settle */
+};
+
+/* Listen on `address`; only peers with `peer` (network order) are accepted. Returns the port or 0 (errno is set). */
+uint16_t connections_listen(struct in_addr address, uint16_t port, struct in_addr peer);
+/* Send what is queued, decode what had to wait, close what is broken. True when another turn is due at once. */
+bool connections_settle(void);
+uint64_t connections_deadline(void);
+
+/* Too much output waits: nothing more is read for this connection. */
+bool connection_congested(const struct Connection *connection);
+void connection_reply(struct Connection *connection, uint32_t stream, const struct Bytes *body);
+void connection_fault(struct Connection *connection, uint32_t stream, const char *code, const char *format, ...)
+    __attribute__((format(printf, 4, 5)));
+
+#endif

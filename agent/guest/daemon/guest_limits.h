@@ -1,0 +1,75 @@
+/* Every limit of the guest daemon, with its reason. The first block is the protocol's (agent/wire/limits.py). */
+#ifndef CAPSULE_GUEST_LIMITS_H
+#define CAPSULE_GUEST_LIMITS_H
+
+#define KIB 1024
+#define MIB (1024 * 1024)
+
+#define PROTOCOL_VERSION 1
+#define MAX_FRAME_BYTES (2 * MIB)
+#define MAX_DATA_BYTES (64 * KIB)
+#define MAX_DEPTH 16
+#define MAX_FEATURES 32
+#define MAX_NAME_CHARS 64
+#define MAX_TEXT_CHARS 4096
+#define INITIAL_CREDIT (256 * KIB)
+#define MAX_CREDIT (16 * MIB)
+#define MAX_STREAM_ID 0x7fffffffU
+#define MAX_TIMEOUT_MS 0x7fffffffU
+#define HELLO_TIMEOUT_NS (10ULL * 1000000000ULL)
+
+/* The host keeps one connection; the rest is room for those of before a restore, until keep-alive finds them dead. */
+#define MAX_CONNECTIONS 32
+
+/* Announced in HELLO. A stream only stays open while a child works for it, so the three below bound memory. */
+#define MAX_STREAMS 256
+#define MAX_FOREGROUND 64
+#define MAX_BACKGROUND 64
+#define MAX_OPERATIONS 64
+
+/* Above this nothing more is read for a connection, neither from it nor from its children: a reader that stalls
+ * costs this much, one DATA frame and one reply. */
+#define OUTPUT_HIGH_WATER (256 * KIB)
+
+/* Credit is granted in steps, so that a byte-wise reader of stdin does not cause a frame a byte. */
+#define CREDIT_STEP (64 * KIB)
+
+/* One recv. Larger frames grow the buffer to the frame's size and shrink it again. */
+#define READ_BYTES (64 * KIB)
+
+/* The last output of a background process: it must never block for want of a reader. */
+#define RING_BYTES (64 * KIB)
+
+/* What processes.list remembers of cmd and args: 128 processes fit into one reply. */
+#define LISTED_BYTES (4 * KIB)
+
+/* After the direct child's exit its grandchildren may hold the pipes; output already on its way gets this long. */
+#define EXIT_GRACE_NS (100ULL * 1000000ULL)
+
+/* A killed child stuck in the kernel (dead disk) is answered for after this. */
+#define KILL_PATIENCE_NS (5ULL * 1000000000ULL)
+
+#define MAX_PATH_BYTES 4096
+#define MAX_TAG_BYTES 128
+#define MAX_USER_BYTES 128
+#define MAX_ARGUMENTS 32768
+#define MAX_ENVS 1024
+#define MAX_DEFAULT_ENVS_BYTES (128 * KIB)
+#define MAX_GROUPS 64
+#define MAX_HOSTNAME_BYTES 64
+#define MAX_NAMESERVERS 3
+#define MAX_ENTROPY_BYTES 512
+
+/* One notice with directory entries. An entry with the worst possible names is 26 KiB. */
+#define NOTICE_BYTES (32 * KIB)
+#define MAX_LIST_DEPTH 64
+/* Names of one directory are held for sorting: about 8 MiB of the worker at worst for usual names. */
+#define MAX_DIRECTORY_NAMES 100000
+
+/* The longest record a worker sends: a notice and its envelope. */
+#define MAX_RECORD_BYTES (NOTICE_BYTES + 4 * KIB)
+
+#define DISK_WAIT_MS 10000
+#define LINK_WAIT_MS 5000
+
+#endif

@@ -1,0 +1,132 @@
+/* A job: a forked child that works for one stream (or, in the background, for nobody).
+ *
+ * Owns: the child, the parent's ends of its pipes, what is on its way in either direction.
+ * Owned by: the main loop; `owner` is the connection whose stream waits for the last frame, NULL when nobody does.
+ * Dies when: its child is reaped and nobody waits any more. Time-out, CANCEL and a lost connection kill the child's
+ * process group; nothing here ever waits for a child.
+ */
+#ifndef CAPSULE_JOB_H
+#define CAPSULE_JOB_H
+
+#include <sys/types.h>
+
+#include "connection.h"
+#include "frames.h"
+
+enum JobKind {
+    JOB_FOREGROUND, /* an exec */
+    JOB_BACKGROUND, /* an exec that outlives its stream */
+    JOB_OPERATION,  /* anything that may touch a file system */
+    JOB_CLEANUP,    /* removes what a killed operation left */
+};
+
+/* What processes.list tells about an exec. */
+struct Process {
+    char *tag; /* NULL when none was given */
+    struct Bytes listed; /* msgpack: cmd and, when given, args, as two or four items of a map */
+    size_t listed_pairs;
+    char *user; /* NULL until the child has started */
+    char *cwd;
+    uint64_t started_wall_ns;
+};
+
+struct Ring {
+    uint64_t total; /* bytes ever written */
+    uint8_t bytes[];
+};
+
+struct Job {
+    struct Job *next; /* first: see loop_discard */
+    enum JobKind kind;
+    struct Connection *owner;
+    uint32_t stream;
+
+    pid_t pid;
+    bool reaped;
+    int status;
+    uint64_t started_ns;
+    uint64_t ended_ns;
+
+    struct Watch in;
+    struct Watch out;
+    struct Watch errors;
+    struct Watch control;
+
+    struct Bytes input;      /* from the opener, not yet taken by the child */
+    uint32_t receive_credit; /* what the opener may still send */
+    uint32_t consumed;       /* taken, not yet granted again */
+    bool ended;              /* END has come */
+
+    uint64_t send_credit;
+    struct Bytes notice; /* waits for credit; nothing more is taken from the child before it is sent */
+    bool announced;      /* the first notice is out: output may follow */
+    size_t out_left;     /* after the exit grace: what was in the pipe then; before, SIZE_MAX */
+    size_t errors_left;
+
+    uint64_t deadline; /* the opener's: FAULT */
+    uint64_t timeout;  /* the exec's: killed, and told so */
+    uint64_t grace;    /* when grandchildren that hold the pipes are no longer waited for */
+    uint64_t patience; /* when a killed child that does not die is answered for */
+    bool timed_out;
+
+    struct Bytes result; /* of RECORD_REPLY */
+    bool replied;
+    char *temporary; /* of RECORD_TEMPORARY */
+
+    struct Process *process; /* of an exec */
+    struct Ring *ring;       /* of a background exec */
+};
+
+struct Spawn {
+    enum JobKind kind;
+    bool input;  /* a pipe to descriptor 0, else /dev/null */
+    bool output; /* a pipe from descriptor 1 */
+    bool errors; /* a pipe from descriptor 2 */
+    void (*run)(const void *argument); /* in the child; does not return */
+    const void *argument;
+};
+
+/* Take the descriptors children get for what they do not use; call once. False when /dev/null cannot be opened. */
+bool jobs_open(void);
+
+/* Start a child for the stream that `open` opened (NULL: for nobody). Answers with a FAULT itself and returns NULL when
+ * there are too many of its kind or the guest has no room. */
+struct Job *job_spawn(struct Connection *owner, const struct Frame *open, const struct Spawn *spawn);
+/* A DATA, END, CREDIT or CANCEL; false when it breaks the protocol. */
+bool job_receive(struct Connection *connection, const struct Frame *frame);
+/* The connection is gone: kill what it owned. */
+void jobs_abandon(const struct Connection *connection);
+/* The daemon ends: kill everything that was started. */
+void jobs_abandon_all(void);
+/* Signal the whole process group. */
+void job_kill(const struct Job *job, int signal);
+
+/* Once a turn, in this order: reap children, move every job's state along, watch what may flow now. */
+void jobs_reap(void);
+void jobs_advance(void);
+void jobs_watch(void);
+uint64_t jobs_deadline(void);
+struct Job *jobs_first(void);
+
+/* job_pipes.c: */
+void job_in_ready(void *owner, uint32_t events);
+void job_out_ready(void *owner, uint32_t events);
+void job_errors_ready(void *owner, uint32_t events);
+void job_control_ready(void *owner, uint32_t events);
+void job_watch(struct Job *job);
+void job_send_notice(struct Job *job);
+void job_limit_output(struct Job *job);
+bool job_take_data(struct Job *job, struct Slice data);
+void job_take_end(struct Job *job);
+void job_close_pipes(struct Job *job);
+
+/* job.c, for job_pipes.c: the last frame of the job's stream; afterwards nobody waits for it. */
+void job_fault(struct Job *job, const char *code, const char *message);
+void job_reply(struct Job *job, const struct Bytes *body);
+
+/* process.c: */
+void process_free(struct Process *process);
+void process_started(struct Job *job, struct Slice record);
+void process_reply(struct Job *job);
+
+#endif
