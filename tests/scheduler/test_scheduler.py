@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from collections import Counter
+from uuid import UUID
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capsule.db.errors import DatabaseUnavailable
+from capsule.errors import NoHostsAvailable
+from capsule.scheduler.placement import LeastLoaded, Size
+from capsule.scheduler.scheduler import SETTLING_TIME, Fleet, Scheduler
+
+ONE, TWO = UUID(int=1), UUID(int=2)
+WANT = Size(vcpus=1, memory_mb=512, disk_mb=1024)
+
+
+class FakeDatabase:
+    """Rows of sandboxes on hosts. A look takes `latency`, and sees the rows of its first moment."""
+
+    def __init__(self, limits, *, latency=0.0):
+        self.limits = limits
+        self.rows = Counter()
+        self.latency = latency
+        self.looks = 0
+        self.down = False
+
+    async def read(self):
+        self.looks += 1
+        await trio.lowlevel.checkpoint()
+        if self.down:
+            raise DatabaseUnavailable("down")
+        sold = {host: _times(count) for host, count in self.rows.items()}
+        await trio.sleep(self.latency)
+        return Fleet(dict(self.limits), sold)
+
+
+def _times(count):
+    return Size(vcpus=count, memory_mb=512 * count, disk_mb=1024 * count)
+
+
+def room_for(count):
+    return Size(vcpus=100, memory_mb=512 * count, disk_mb=1 << 20)
+
+
+@pytest.fixture
+async def database():
+    return FakeDatabase({ONE: room_for(5), TWO: room_for(5)})
+
+
+@pytest.fixture
+async def scheduler(database, nursery):
+    scheduler = Scheduler(database.read)
+    await nursery.start(scheduler.run)
+    return scheduler
+
+
+async def test_a_burst_spreads_and_costs_few_looks(scheduler, database, autojump_clock):
+    """Requests that arrive together are placed together: evenly, and with a look or two, not one each."""
+    placed = Counter()
+    done = trio.Event()
+
+    async def create():
+        async with scheduler.reserve(WANT) as host:
+            placed[host] += 1
+            database.rows[host] += 1
+            await done.wait()
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(create)
+        await trio.testing.wait_all_tasks_blocked()
+        assert placed == {ONE: 5, TWO: 5}
+        assert database.looks <= 3
+        assert scheduler.statistics().held == 10
+        done.set()
+    assert scheduler.statistics().held == 0
+
+
+async def test_when_all_is_reserved_a_request_waits_for_the_others_and_then_says_why(
+    scheduler, database, autojump_clock
+):
+    """Reservations that stay are room that is gone: after the settling time the answer is no, with the limit."""
+    async with trio.open_nursery() as nursery:
+
+        async def hold():
+            async with scheduler.reserve(WANT):
+                await trio.sleep_forever()
+
+        for _ in range(10):
+            nursery.start_soon(hold)
+        await trio.testing.wait_all_tasks_blocked()
+        begun = trio.current_time()
+        with pytest.raises(NoHostsAvailable, match="memory") as caught:
+            async with scheduler.reserve(WANT):
+                pass
+        assert trio.current_time() - begun == pytest.approx(SETTLING_TIME)
+        assert caught.value.extra == {"limits": ["memory_mb"]}
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_place_that_counts_twice_for_a_moment_refuses_nobody(scheduler, database, autojump_clock):
+    """Row written, block not yet left: the same sandbox is in both sums. The next request waits instead of failing."""
+    database.limits = {ONE: room_for(2)}
+    written = trio.Event()
+
+    async def create():
+        async with scheduler.reserve(WANT) as host:
+            database.rows[host] += 1
+            written.set()
+            await trio.sleep(1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(create)
+        await written.wait()
+        async with scheduler.reserve(WANT) as host:
+            assert host == ONE
+
+
+async def test_no_room_in_the_rows_is_refused_at_once(scheduler, database, autojump_clock):
+    database.rows.update({ONE: 5, TWO: 5})
+    with pytest.raises(NoHostsAvailable):
+        async with scheduler.reserve(WANT):
+            pass
+    assert trio.current_time() == 0
+    database.limits.clear()
+    with pytest.raises(NoHostsAvailable, match="no host is online"):
+        async with scheduler.reserve(WANT):
+            pass
+
+
+async def test_a_caller_that_goes_away_leaves_no_reservation(scheduler, database, autojump_clock):
+    """Whether before, during or after the decision: what nobody waits for is not held."""
+    database.latency = 1.0
+    for patience in (0.0, 0.5, 0.999, 1.0, 1.001, 1.5):
+        with trio.move_on_after(patience):
+            async with scheduler.reserve(WANT):
+                await trio.sleep_forever()
+        await trio.sleep(5)
+        assert scheduler.statistics().held == 0
+
+
+async def test_a_block_that_fails_gives_its_place_back(scheduler, database, autojump_clock):
+    with pytest.raises(ZeroDivisionError):
+        async with scheduler.reserve(WANT):
+            _ = 1 / 0
+    assert scheduler.statistics().held == 0
+
+
+async def test_a_database_that_is_away_fails_the_askers_and_not_the_scheduler(scheduler, database, autojump_clock):
+    database.down = True
+    with pytest.raises(DatabaseUnavailable):
+        async with scheduler.reserve(WANT):
+            pass
+    database.down = False
+    async with scheduler.reserve(WANT):
+        pass
+
+
+async def test_the_strategy_is_a_plug(database, nursery, autojump_clock):
+    """Least loaded, through the same scheduler."""
+    scheduler = Scheduler(database.read, strategy=LeastLoaded())
+    await nursery.start(scheduler.run)
+    database.rows.update({ONE: 3})
+    async with scheduler.reserve(WANT) as first, scheduler.reserve(WANT) as second:
+        assert [first, second] == [TWO, TWO]
+
+
+moments = st.sampled_from([0.0, 0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.5])
+creates = st.tuples(moments, moments, moments, st.sampled_from(["kept", "failed", "cancelled", "ended"]))
+
+
+@given(
+    rooms=st.lists(st.integers(0, 3), min_size=1, max_size=3),
+    latency=st.sampled_from([0.0, 0.1, 0.25, 1.0]),
+    plan=st.lists(creates, max_size=14),
+)
+@settings(max_examples=150, deadline=None)
+def test_no_interleaving_overcommits_a_host(rooms, latency, plan):
+    """However requests, looks, row writes, failures, cancellations and ends overlap, rows never exceed a host's room;
+    and while there is room nobody is turned away."""
+    trio.run(_play, rooms, latency, plan, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+async def _play(rooms, latency, plan):
+    limits = {UUID(int=number): room_for(room) for number, room in enumerate(rooms)}
+    room = {UUID(int=number): room for number, room in enumerate(rooms)}
+    database = FakeDatabase(limits, latency=latency)
+    scheduler = Scheduler(database.read)
+    refused = []
+
+    async def create(start, before_row, after_row, fate):
+        await trio.sleep(start)
+        with trio.move_on_after(0.3 if fate == "cancelled" else 1000):
+            try:
+                async with scheduler.reserve(WANT) as host:
+                    await trio.sleep(before_row)
+                    if fate == "failed":
+                        return
+                    database.rows[host] += 1
+                    assert database.rows[host] <= room[host]
+                    with trio.CancelScope(shield=True):
+                        await trio.sleep(after_row)
+            except NoHostsAvailable:
+                refused.append(fate)
+                return
+            if fate == "ended":
+                database.rows[host] -= 1
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(scheduler.run)
+        async with trio.open_nursery() as creators:
+            for step in plan:
+                creators.start_soon(create, *step)
+        nursery.cancel_scope.cancel()
+    assert scheduler.statistics().held == 0
+    if len(plan) <= sum(rooms):
+        assert not refused
