@@ -70,10 +70,11 @@ def create_slot(
     called in; `before_step` is told the name of each of CREATE_STEPS (tests stand in with both).
     """
     require_slot_thread()
+    slot = slot_addresses(number)
     undo: list[Callable[[], None]] = []
     try:
         with open_links() as host, own_namespace() as host_namespace:
-            site = _Site(slot_addresses(number), host, host_namespace, add_tap)
+            site = _Site(slot, host, host_namespace, add_tap)
             try:
                 _build(site, undo, before_step)
             except Exception as err:
