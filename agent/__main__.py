@@ -79,7 +79,7 @@ def doctor(*, as_json: bool) -> None:
     settings = load()
     answer = trio.run(probe_kvm)
     subject = Subject(
-        state=settings.state_directory(), images=Path(settings.images), kvm_probe=lambda: (answer.usable, answer.detail)
+        state=settings.state_directory(), images=Path(settings.images), kvm_probe=lambda: (answer.usable, answer.reason)
     )
     checks = run_checks(subject)
     click.echo(render(checks, json=as_json))

@@ -53,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds of silence after which a host counts as unreachable: three heartbeats."""
     shutdown_timeout: Seconds = 30.0
     """Seconds a shutdown may take before the process ends anyhow."""
+    disk_mb: Annotated[int, msgspec.Meta(ge=1)] = 2048
+    """MiB of a new sandbox's disk: what base images are built with."""
     vcpu_overcommit: Factor = 8.0
     """Virtual CPUs sold per core: sandboxes idle most of the time."""
     memory_overcommit: Factor = 1.0

@@ -1,0 +1,154 @@
+"""The monitor of one control plane: leads or waits to lead; follows every host; looks after hosts that fall silent.
+
+Owns: a `HostFollower` per live host, while it leads. Owned by: the control plane's nursery.
+Takes: nothing. Emits: statuses of hosts, `missing` rows, ends of rows that nobody finished, audit rows.
+Dies when: the control plane stops. Losing the lead (advisory lock) ends the followers; another control plane goes on.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from agent.wire.lifecycle import Status
+from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
+from capsule.db.queries import audit, hosts, sandboxes
+from capsule.monitor.host import HostFollower
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from capsule.config import Settings
+    from capsule.db.connection import Connection
+    from capsule.db.pool import Database
+    from capsule.db.queries.hosts import HostRow
+    from capsule.db.queries.sandboxes import SandboxRow
+    from capsule.hosts.links import HostLinks
+
+log = structlog.get_logger()
+
+LEAD_KEY = "monitor"
+INTERVAL = 5.0
+OVERDUE_MARGIN = timedelta(seconds=10)
+"""Beyond a row's own deadline: whoever works on it has given up by then."""
+BECOMES_MISSING = frozenset({Status.RUNNING, Status.PAUSING, Status.RESUMING})
+
+
+class Monitor:
+    """See the module's docstring."""
+
+    def __init__(self, db: Database, links: HostLinks, settings: Settings) -> None:
+        self._db = db
+        self._links = links
+        self._settings = settings
+        self._followers: dict[UUID, trio.CancelScope] = {}
+        self.leading = False
+
+    async def run(self) -> None:
+        """Lead whenever nobody else does; until cancelled."""
+        while True:
+            try:
+                lease = await self._db.try_lead(LEAD_KEY)
+            except DatabaseUnavailable:
+                lease = None
+            if lease is not None:
+                async with lease:
+                    await self._lead(lease.lost)
+            await trio.sleep(INTERVAL / 5)
+
+    async def _lead(self, lost: trio.Event) -> None:
+        log.info("monitor_leads")
+        self.leading = True
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._keep_watch, nursery)
+                await lost.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.leading = False
+            self._followers.clear()
+            log.info("monitor_leads_no_more")
+
+    async def _keep_watch(self, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                live = await self._db.run(_registered)
+                self._follow(live, nursery)
+                for host in live:
+                    await self._judge(host)
+                await self._db.transaction(_end_overdue, datetime.now(UTC) - OVERDUE_MARGIN)
+            except (DatabaseUnavailable, ConstraintViolated) as err:
+                log.warning("monitor_round_failed", reason=str(err))
+            await trio.sleep(INTERVAL)
+
+    def _follow(self, live: list[HostRow], nursery: trio.Nursery) -> None:
+        ids = {host.id for host in live}
+        for host in ids - self._followers.keys():
+            scope = self._followers[host] = trio.CancelScope()
+            nursery.start_soon(_run_in, scope, HostFollower(host, self._db, self._links))
+        for host in self._followers.keys() - ids:
+            self._followers.pop(host).cancel()
+
+    async def _judge(self, host: HostRow) -> None:
+        """A host that is silent is unreachable, one that is heard again is online."""
+        heard = host.last_heartbeat or host.created_at
+        silent = datetime.now(UTC) - heard > timedelta(seconds=self._settings.heartbeat_timeout)
+        if silent and host.status == "online":
+            await self._db.transaction(_mark, host, "unreachable")
+        elif not silent and host.status == "unreachable":
+            await self._db.transaction(_mark, host, "online")
+
+
+async def _run_in(scope: trio.CancelScope, follower: HostFollower) -> None:
+    with scope:
+        await follower.run()
+
+
+async def _registered(connection: Connection) -> list[HostRow]:
+    return await hosts.list_all(connection, statuses=["online", "unreachable", "draining"])
+
+
+async def _mark(tx: Connection, host: HostRow, status: str) -> None:
+    """Change a host's status; a host that went away takes its live sandboxes to `missing`."""
+    changed = await hosts.mark_status(
+        tx, host.id, from_status=host.status, generation=host.generation, to_status=status
+    )
+    if changed is None:
+        return
+    down = status == "unreachable"
+    await audit.append(
+        tx,
+        actor_type="system",
+        actor_id=None,
+        actor_name="monitor",
+        team_id=host.team_id,
+        resource_type="host",
+        resource_id=f"host-{host.id}",
+        action="marked_down" if down else "marked_up",
+        scope="admin",
+        status="error" if down else "success",
+    )
+    log.warning("host_status", host_id=str(host.id), status=status)
+    if down:
+        for row in await sandboxes.on_host(tx, host.id):
+            if row.status in BECOMES_MISSING:
+                await _change(tx, row, Status.MISSING, f"its host was last heard at {host.last_heartbeat}")
+
+
+async def _end_overdue(tx: Connection, before: datetime) -> None:
+    """Rows whose maker is gone and that no host knows (a host that does has made them running long before)."""
+    for row in await sandboxes.overdue(tx, before):
+        if row.status in {Status.PENDING, Status.STARTING}:
+            await _change(tx, row, Status.ERROR, "it was not started in time")
+        elif row.status == Status.STOPPING and row.host_id is None:
+            await _change(tx, row, Status.STOPPED, None)
+
+
+async def _change(tx: Connection, row: SandboxRow, to_status: Status, reason: str | None) -> None:
+    log.warning("row_reconciled", sandbox_id=str(row.id), from_status=row.status, to_status=to_status, reason=reason)
+    await sandboxes.change_status(
+        tx, row.id, from_status=row.status, generation=row.generation, to_status=to_status, reason=reason
+    )

@@ -1,0 +1,71 @@
+"""What to do about one host: a pure function of its rows, read first, and its listing, asked for afterwards.
+
+Every step is a compare-and-set on the row as it was read, so a row that somebody changed meanwhile is left alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from agent.wire.lifecycle import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from agent.wire.calls import HostListing, OutboxEntry, SandboxState
+    from capsule.db.queries.sandboxes import SandboxRow
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Bring a row to `to_status`."""
+
+    row: SandboxRow
+    to_status: Status
+    host_ip: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DestroyAgain:
+    """Somebody gave up half-way: tell the host once more to end this sandbox."""
+
+    row: SandboxRow
+
+
+Step = Change | DestroyAgain
+
+
+def plan(rows: Iterable[SandboxRow], listing: HostListing, now: datetime) -> list[Step]:
+    """Steps for the rows of one host (those that live or rest there)."""
+    alive = {UUID(state.sandbox_id): state for state in listing.sandboxes}
+    told = {UUID(entry.sandbox_id): entry for entry in listing.outbox}
+    steps = (_step(row, alive.get(row.id), told.get(row.id), now) for row in rows)
+    return [step for step in steps if step is not None]
+
+
+def strangers(rows: Iterable[SandboxRow], listing: HostListing) -> set[UUID]:
+    """VMs on the host that none of its rows speaks of."""
+    return {UUID(state.sandbox_id) for state in listing.sandboxes} - {row.id for row in rows}
+
+
+def _step(row: SandboxRow, vm: SandboxState | None, entry: OutboxEntry | None, now: datetime) -> Step | None:
+    overdue = row.transition_deadline is not None and row.transition_deadline < now
+    match row.status:
+        case Status.STOPPING if vm is None:
+            return Change(row, Status.STOPPED)
+        case Status.STOPPING if overdue and vm is not None and vm.status != Status.STOPPING:
+            return DestroyAgain(row)
+        case Status.STARTING | Status.MISSING if vm is not None and vm.status == Status.RUNNING:
+            return Change(row, Status.RUNNING, host_ip=vm.host_ip or None)
+        case Status.STARTING if entry is not None:
+            return Change(row, Status.ERROR, reason=entry.reason)
+        case Status.STARTING if vm is None and overdue:
+            return Change(row, Status.ERROR, reason="it was not started in time")
+        case Status.RUNNING | Status.MISSING if vm is None:
+            return Change(row, Status.ERROR, reason=entry.reason if entry else "its host no longer has it")
+        case _:
+            return None

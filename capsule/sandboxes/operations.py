@@ -1,0 +1,78 @@
+"""Work that must not end with the request that asked for it.
+
+Owns: one task per operation (create, destroy). Owned by: the control plane's nursery.
+Takes: `finish(work)`: starts it here and waits for its outcome; the waiter may go away, the work goes on.
+Dies when: the control plane stops; `drain` lets what is under way finish first.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+import trio
+
+from agent.actor.mailbox import ReplySlot
+from capsule.db.errors import DatabaseUnavailable
+from capsule.errors import Busy, CapsuleError, Internal
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+MAX_OPERATIONS = 512
+"""Operations at once; each holds a few KiB and waits most of its time."""
+
+
+class Operations:
+    """See the module's docstring."""
+
+    def __init__(self, limit: int = MAX_OPERATIONS) -> None:
+        self._limit = limit
+        self._running = 0
+        self._draining = False
+        self._nursery: trio.Nursery | None = None
+        self._idle = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the operations; until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def finish(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Run `work` here and return what it returns. Cancelling the caller does not cancel the work."""
+        if self._nursery is None or self._draining:
+            raise Busy("the control plane is shutting down; try again", retry_after=5)
+        if self._running >= self._limit:
+            raise Busy(f"{self._limit} operations are under way; try again", retry_after=2)
+        slot: ReplySlot[T] = ReplySlot()
+        self._running += 1
+        self._nursery.start_soon(self._work, work, slot)
+        return await slot.wait()
+
+    async def drain(self) -> None:
+        """Start nothing new; return when everything under way has ended."""
+        self._draining = True
+        while self._running:
+            self._idle = trio.Event()
+            await self._idle.wait()
+
+    def running(self) -> int:
+        """Operations under way."""
+        return self._running
+
+    async def _work(self, work: Callable[[], Awaitable[T]], slot: ReplySlot[T]) -> None:
+        try:
+            slot.answer(await work())
+        except (CapsuleError, DatabaseUnavailable) as err:
+            slot.fail(err)
+        except Exception:
+            log.exception("operation_failed")
+            slot.fail(Internal("internal error; the server's log has the details"))
+        finally:
+            self._running -= 1
+            self._idle.set()

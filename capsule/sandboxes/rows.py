@@ -1,0 +1,151 @@
+"""Rows of sandboxes as the use-cases need them: looked up for a team, moved by compare-and-set, shown as views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+from uuid import UUID
+
+import structlog
+import trio
+
+from agent.wire.lifecycle import FINAL, Status
+from capsule import errors
+from capsule.db.errors import DatabaseUnavailable
+from capsule.db.queries import audit, sandboxes
+from capsule.model import SandboxStatus, SandboxView
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from capsule.db.connection import Connection
+    from capsule.db.pool import Database
+    from capsule.db.queries.audit import Outcome
+    from capsule.db.queries.sandboxes import SandboxRow
+    from capsule.model import Principal
+
+log = structlog.get_logger()
+
+SETTLE_TIMEOUT = 30.0
+"""How long a result waits for a database that is away before it is left to the monitor."""
+SETTLE_PAUSE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """A running sandbox: what a call into it needs."""
+
+    id: UUID
+    host: UUID
+
+
+class SandboxRows:
+    """The database as seen from the use-cases; DatabaseUnavailable becomes the API's error of that name."""
+
+    def __init__(self, db: Database) -> None:
+        self.db = db
+
+    async def get(self, principal: Principal, sandbox: UUID) -> SandboxRow:
+        """The team's row. NotFound for another team's, as for none."""
+        return found(await self.db.run(sandboxes.get, principal.team_id, sandbox))
+
+    async def running(self, principal: Principal, sandbox: UUID) -> Placed:
+        """The team's sandbox, which must run; resets its idle clock. NotFound, InvalidState."""
+        row = found(await self.db.run(_get_and_touch, principal.team_id, sandbox))
+        if row.status != Status.RUNNING or row.host_id is None:
+            raise errors.InvalidState(_not_running(row), status=row.status)
+        return Placed(id=row.id, host=row.host_id)
+
+    async def settle(
+        self, row: SandboxRow, to_status: Status, *, host_ip: str | None = None, reason: str | None = None
+    ) -> SandboxRow:
+        """Write an outcome: compare-and-set from `row`, with patience for a database that is away.
+
+        Returns the row as it is now, whoever changed it.
+        """
+        deadline = trio.current_time() + SETTLE_TIMEOUT
+        while True:
+            try:
+                return await self.db.transaction(_change_or_read, row, to_status, host_ip, reason)
+            except DatabaseUnavailable:
+                if trio.current_time() >= deadline:
+                    raise
+                log.warning("outcome_waits_for_database", sandbox_id=str(row.id), to_status=to_status)
+            await trio.sleep(SETTLE_PAUSE)
+
+
+async def _get_and_touch(connection: Connection, team: UUID, sandbox: UUID) -> SandboxRow | None:
+    row = await sandboxes.get(connection, team, sandbox)
+    if row is not None and row.status == Status.RUNNING:
+        await sandboxes.touch(connection, sandbox)
+    return row
+
+
+async def _change_or_read(
+    tx: Connection, row: SandboxRow, to_status: Status, host_ip: str | None, reason: str | None
+) -> SandboxRow:
+    changed = await sandboxes.change_status(
+        tx,
+        row.id,
+        from_status=row.status,
+        generation=row.generation,
+        to_status=to_status,
+        host_ip=host_ip,
+        reason=reason,
+    )
+    if changed is None:
+        return found(await sandboxes.get_any(tx, row.id))
+    log.info("sandbox_status", sandbox_id=str(row.id), from_status=row.status, to_status=to_status)
+    return changed
+
+
+def found(row: SandboxRow | None) -> SandboxRow:
+    """The row, or NotFound."""
+    if row is None:
+        raise errors.NotFound("there is no such sandbox in this team")
+    return row
+
+
+async def record(
+    tx: Connection, who: Principal, sandbox: UUID, action: str, status: Outcome, metadata: Mapping[str, str]
+) -> None:
+    """The audit row of what `who` did to a sandbox, in the action's own transaction."""
+    await audit.append(
+        tx,
+        team_id=who.team_id,
+        actor_type="api_key" if who.actor_type == "api_key" else "user",
+        actor_id=who.actor_id,
+        actor_name=who.actor_name,
+        resource_type="sandbox",
+        resource_id=f"sb-{sandbox}",
+        action=action,
+        status=status,
+        metadata=metadata,
+    )
+
+
+def _not_running(row: SandboxRow) -> str:
+    if row.status in FINAL:
+        why = f": {row.reason}" if row.reason else ""
+        return f"the sandbox is {row.status}{why}; create a new one"
+    return f"the sandbox is {row.status}; this needs a running one"
+
+
+def view(row: SandboxRow) -> SandboxView:
+    """A row as its team sees it."""
+    return SandboxView(
+        id=row.id,
+        status=cast("SandboxStatus", row.status),
+        template=row.template,
+        vcpus=row.vcpus,
+        memory_mb=row.memory_mb,
+        disk_mb=row.disk_mb,
+        timeout_sec=row.timeout_sec,
+        created_at=row.created_at,
+        last_updated=row.last_updated,
+        host_id=row.host_id,
+        host_ip=str(row.host_ip) if row.host_ip is not None else None,
+        metadata=row.metadata or None,
+        started_at=row.started_at,
+        last_active_at=row.last_active_at,
+    )
