@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
+import contextlib
+import datetime as dt
 import time
 import tracemalloc
 from typing import get_args
@@ -78,7 +79,7 @@ def test_a_frame_is_the_array_the_document_says(frame, array):
         pack([1, 1, "m", {1: 2}, 0]),
         pack([1, 1, "m", {"deep": {1: 2}}, 0]),
         pack([1, 1, "m", {"deep": [{b"k": 2}]}, 0]),
-        pack([4, 1, {"t": datetime.datetime.now(datetime.UTC)}]),
+        pack([4, 1, {"t": dt.datetime.now(dt.UTC)}]),
         pack([4, 1, {"t": [msgspec.msgpack.Ext(5, b"x")]}]),
         pack([4, 1, msgspec.msgpack.Ext(5, b"x")]),
         pack([5, 1, "c", "m", 1, {}]),  # retryable must be a bool
@@ -113,10 +114,8 @@ def test_a_changed_byte_never_raises_anything_else(frame, at, to):
     """Frames that are almost right are refused or mean something else, and never crash."""
     payload = bytearray(encode(frame)[PREFIX_BYTES:])
     payload[at % len(payload)] = to
-    try:
+    with contextlib.suppress(RemoteProtocolError):
         decode(bytes(payload))
-    except RemoteProtocolError:
-        pass
 
 
 def nested(levels: int) -> dict:
@@ -135,7 +134,7 @@ def nested(levels: int) -> dict:
         Open(1, "m", {}, -1),
         Open(1, "m", nested(17), 0),
         Open(1, "m", {"k": {1: "int key"}}, 0),
-        Open(1, "m", {"k": datetime.datetime.now(datetime.UTC)}, 0),
+        Open(1, "m", {"k": dt.datetime.now(dt.UTC)}, 0),
         Open(1, "m", {"k": object()}, 0),
         Open(1, "m", {"k": 2**64}, 0),
         Open(1, "m", {"k": "\ud800"}, 0),
