@@ -61,7 +61,7 @@ def list_images(store: Path) -> None:
 @store_option
 @click.option("--keep", multiple=True, help="Digest of an old image that is still in use; may be repeated.")
 def collect(store: Path, keep: tuple[str, ...]) -> None:
-    """Remove old images. Only while no agent uses this store: the agent collects by itself."""
+    """Remove old images, except those named by --keep: name every one that a sandbox still runs on."""
     for digest in ImageStore(store).collect(set(keep)):
         click.echo(f"removed {digest[:12]}")
 

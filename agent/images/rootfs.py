@@ -97,6 +97,8 @@ def bootstrap_command(recipe: Recipe, suite: str, tree: Path, sources: list[str]
         f"--include={','.join(recipe.packages)}",
         *excludes,
         *includes,
+        # It needs gpg, and is only for archives that are given without their keys.
+        *(["--skip=check/signed-by"] if sources else []),
         *(f"--aptopt={option}" for option in ('APT::Install-Recommends "false";', *apt_options)),
         *(suite, str(tree), *sources),
     ]

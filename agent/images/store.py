@@ -200,6 +200,7 @@ class ImageStore:
                 (work / artifact.path.name).chmod(0o444)
             text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
             (work / MANIFEST).write_bytes(text + b"\n")
+            (work / MANIFEST).chmod(0o444)
             publish(work, self.path / manifest.name / manifest.digest)
 
 

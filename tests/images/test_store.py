@@ -118,6 +118,7 @@ def test_cut_manifest(tmp_path: Path, made: Parts, cut: int) -> None:
     store = ImageStore(tmp_path / "store")
     image = add(store, made)
     manifest = image.kernel.with_name(MANIFEST)
+    manifest.chmod(0o644)
     manifest.write_bytes(manifest.read_bytes()[:cut])
     with pytest.raises(ImageBroken, match="scripts/setup"):
         store.load("minimal")
