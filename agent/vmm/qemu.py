@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import structlog
@@ -181,7 +182,7 @@ def _sandbox_of(found: Candidate) -> str | None:
     """Return the sandbox a process is the VM of, None if it is not a QEMU of ours."""
     if not found.program.startswith("qemu-system"):
         return None
-    for option, value in zip(found.arguments, found.arguments[1:], strict=False):
+    for option, value in pairwise(found.arguments):
         if option == "-name" and value.startswith(NAME_PREFIX):
             return value.removeprefix(NAME_PREFIX)
     return None

@@ -1,0 +1,91 @@
+"""The QEMU command line, without QEMU."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.vmm.driver import VmSpec
+from agent.vmm.qemu_command import Accelerator, qemu_command
+
+SPEC = VmSpec(
+    sandbox_id="sb1",
+    directory=Path("/state/sb1"),
+    vcpus=2,
+    memory_mb=256,
+    kernel=Path("/images/vmlinux"),
+    initramfs=Path("/images/initramfs"),
+    disk=Path("/state/sb1/disk,x.qcow2"),
+    disk_format="qcow2",
+    tap_fd=9,
+    mac="02:00:00:00:00:01",
+    uid=1000,
+    gid=1000,
+    kernel_arguments=("init=/x", "quiet"),
+)
+TCG = Accelerator("tcg", tsc_khz=2_600_000)
+
+
+def command(spec=SPEC, accelerator=TCG):
+    return qemu_command(spec, binary=Path("/usr/bin/qemu"), accelerator=accelerator, control_fd=5, events_fd=6)
+
+
+def values(command, option):
+    return [value for name, value in itertools.pairwise(command) if name == option]
+
+
+def test_without_kvm_the_guest_is_told_its_clock():
+    """Calibration fails on a busy host: all three arguments are mandatory, and follow no probing."""
+    (append,) = values(command(), "-append")
+    assert {"tsc_early_khz=2600000", "tsc=reliable", "no_timer_check"} <= set(append.split())
+    assert append.endswith(" init=/x quiet")
+
+
+def test_with_kvm_the_guest_has_its_own_clock():
+    """kvm-clock is better than any number of ours."""
+    (append,) = values(command(accelerator=Accelerator("kvm")), "-append")
+    assert "tsc" not in append
+    assert values(command(accelerator=Accelerator("kvm")), "-accel") == ["kvm"]
+    assert values(command(accelerator=Accelerator("kvm")), "-cpu") == ["host"]
+
+
+def test_a_comma_in_a_path_starts_no_option():
+    """Paths are passed as JSON: whoever chooses a directory's name chooses no QEMU options."""
+    (node,) = values(command(), "-blockdev")
+    assert json.loads(node)["file"]["filename"] == "/state/sb1/disk,x.qcow2"
+
+
+def test_disk_errors_reach_the_guest():
+    """Both kinds; QEMU's default would stop the VM when the host's disk is full."""
+    device = json.loads(values(command(), "-device")[0])
+    assert (device["werror"], device["rerror"]) == ("report", "report")
+
+
+def test_the_system_call_filter_is_complete():
+    """Every part of it, always."""
+    assert values(command(), "-sandbox") == ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"disk": Path("disk.raw")},
+        {"kernel": Path("vmlinux")},
+        {"directory": Path("here")},
+        {"vcpus": 0},
+        {"memory_mb": 0},
+        {"sandbox_id": "../up"},
+        {"sandbox_id": "a,b"},
+        {"sandbox_id": ""},
+        {"kernel_arguments": ("a b",)},
+        {"kernel_arguments": ("a\nb",)},
+    ],
+)
+def test_a_spec_that_cannot_be_meant_is_refused(change):
+    """Relative paths, nothing to run on, an id that would name another group or option, arguments that are several."""
+    with pytest.raises(ValueError):
+        replace(SPEC, **change)
