@@ -307,9 +307,17 @@ def test_another_programs_nat_opens_nothing():
 
 
 @pytest.mark.usefixtures("world")
-def test_spoofed_sources_are_dropped():
-    """Datagrams from addresses that are not the guest's, another slot's among them, never come out; its own do."""
+@pytest.mark.parametrize("reverse_path_filter", ["1", "0"])
+def test_spoofed_sources_are_dropped(reverse_path_filter):
+    """Datagrams from addresses that are not the guest's, another slot's among them, never come out; its own do.
+
+    Strict reverse-path filtering sees them first; the rules hold without it.
+    """
     with ExitStack() as stack:
+        sysctl = "/proc/sys/net/ipv4/conf/all/rp_filter"
+        write = ["ip", "netns", "exec", ONE.namespace, "sh", "-c", f'echo "$1" > {sysctl}', "sh"]
+        subprocess.run([*write, reverse_path_filter], check=True, timeout=10)
+        stack.callback(subprocess.run, [*write, "1"], check=True, timeout=10)
         upstream = stack.enter_context(socket_in("internet", kind=socket.SOCK_DGRAM))
         upstream.settimeout(5)
         upstream.bind((PUBLIC, 53))
