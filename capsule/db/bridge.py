@@ -183,7 +183,10 @@ class Bridge:
 def _report(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """An error in a callback of the driver: it concerns one connection, never the program."""
     error = context.get("exception")
-    log.warning("database_loop_error", detail=context.get("message", ""), error=repr(error) if error else None)
+    if error is None:  # a remark, such as that a cancelled BEGIN was rolled back
+        log.debug("database_loop_remark", detail=context.get("message", ""))
+    else:
+        log.warning("database_loop_error", detail=context.get("message", ""), error=repr(error))
 
 
 @asynccontextmanager

@@ -145,7 +145,7 @@ class Driver:
             async with asyncio.timeout(timeout):
                 return await work()
         except asyncpg.IntegrityConstraintViolationError as err:
-            raise _violated(err) from err
+            raise _violated(err) from None  # the server's text quotes values
         except _UNAVAILABLE as err:
             self._unavailable += 1
             raise _unavailable(err, timeout) from err
@@ -211,7 +211,12 @@ class Driver:
     async def _acquire(self) -> PoolConnectionProxy:
         if self._pool is None or self._pool.is_closing():
             raise ConnectionResetError("the database is closed")
-        return await self._pool.acquire()
+        try:
+            return await self._pool.acquire()
+        except asyncpg.InterfaceError as err:
+            if self._pool.is_closing():
+                raise ConnectionResetError("the database is being closed") from err
+            raise
 
     async def _give_back(self, connection: PoolConnectionProxy, transaction: Transaction | None) -> None:
         """Roll back and release in a task of its own, so that a second cancellation cannot leave it half done."""

@@ -87,7 +87,11 @@ async def _apply(tx: Connection, migration: Migration) -> bool:
 
 
 async def _done(tx: Connection) -> dict[str, bytes]:
-    """Name and hash of what was applied; the first step makes the table."""
-    if await tx.fetchval("select to_regclass('schema_migrations')") is None:
+    """Name and hash of what was applied; the first step makes the table.
+
+    Asks the catalog's rows: to_regclass may answer from a cache older than the lock just waited for.
+    """
+    table = "select from pg_tables where schemaname = any(current_schemas(false)) and tablename = 'schema_migrations'"
+    if await tx.fetchrow(table) is None:
         return {}
     return {row["name"]: row["sha256"] for row in await tx.fetch("select name, sha256 from schema_migrations")}

@@ -1,0 +1,201 @@
+"""Hosts: enrolment, heartbeats, status."""
+
+# ruff: noqa: S608 - only column lists of this module are put into statements
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import datetime
+from uuid import UUID
+
+import msgspec
+
+from capsule.db.connection import Connection
+from capsule.db.queries.rows import columns, many, one, only
+
+
+class HostRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A host; it lives while `deleted_at` is None. What its agent reported is None until it registered.
+
+    `generation` grows with each change of status, `credential_epoch` with each registration.
+    """
+
+    id: UUID
+    type: str
+    team_id: UUID | None
+    provider: str | None
+    availability_zone: str | None
+    status: str
+    cordoned: bool
+    address: str | None
+    cert_fingerprint: str | None
+    arch: str | None
+    cpu_cores: int | None
+    memory_mb: int | None
+    disk_gb: int | None
+    last_heartbeat: datetime | None
+    generation: int
+    credential_epoch: int
+    created_at: datetime
+    deleted_at: datetime | None
+    tags: list[str]
+
+
+_TAGS = "array(select tag from host_tags t where t.host_id = h.id order by tag) as tags"
+_COLUMNS = columns(HostRow, "h").replace("h.tags", _TAGS)
+
+
+async def insert(
+    tx: Connection,
+    *,
+    type: str,  # noqa: A002 - the column's name
+    team_id: UUID | None = None,
+    provider: str | None = None,
+    availability_zone: str | None = None,
+) -> HostRow:
+    """A new `pending` host of type `regular`, or `byoc` with its team."""
+    record = await tx.fetchrow(
+        f"""
+        insert into hosts as h (type, team_id, provider, availability_zone) values ($1, $2, $3, $4)
+        returning {_COLUMNS}
+        """,
+        type,
+        team_id,
+        provider,
+        availability_zone,
+    )
+    return only(HostRow, record)
+
+
+async def get(tx: Connection, host_id: UUID) -> HostRow | None:
+    """A host that lives."""
+    return one(
+        HostRow, await tx.fetchrow(f"select {_COLUMNS} from hosts h where h.id = $1 and h.deleted_at is null", host_id)
+    )
+
+
+async def list_all(
+    tx: Connection, *, team_id: UUID | None = None, statuses: Collection[str] | None = None
+) -> list[HostRow]:
+    """Hosts that live, oldest first; only the team's own, and only those in `statuses`, when given."""
+    records = await tx.fetch(
+        f"""
+        select {_COLUMNS} from hosts h
+        where h.deleted_at is null and ($1::uuid is null or h.team_id = $1)
+          and ($2::text[] is null or h.status = any($2))
+        order by h.created_at, h.id
+        """,
+        team_id,
+        None if statuses is None else list(statuses),
+    )
+    return many(HostRow, records)
+
+
+async def insert_registration_token(
+    tx: Connection, *, host_id: UUID, sha256: bytes, expires_at: datetime, created_by: UUID | None = None
+) -> UUID:
+    """A one-time token for the host; older unused ones of it are void from now on."""
+    await tx.execute("delete from host_registration_tokens where host_id = $1 and used_at is null", host_id)
+    token_id: UUID = await tx.fetchval(
+        """
+        insert into host_registration_tokens (host_id, sha256, expires_at, created_by) values ($1, $2, $3, $4)
+        returning id
+        """,
+        host_id,
+        sha256,
+        expires_at,
+        created_by,
+    )
+    return token_id
+
+
+async def take_registration_token(tx: Connection, sha256: bytes) -> UUID | None:
+    """Spend the token: the id of its host, or None when it is unknown, spent or expired, or the host is gone.
+
+    Of two that try at once one gets it. If the transaction rolls back, the token is unspent.
+    """
+    host_id: UUID | None = await tx.fetchval(
+        """
+        update host_registration_tokens r set used_at = now() from hosts h
+        where r.sha256 = $1 and r.used_at is null and r.expires_at > now()
+          and h.id = r.host_id and h.deleted_at is null
+        returning r.host_id
+        """,
+        sha256,
+    )
+    return host_id
+
+
+async def register(
+    tx: Connection,
+    host_id: UUID,
+    *,
+    address: str,
+    cert_fingerprint: str,
+    arch: str,
+    cpu_cores: int,
+    memory_mb: int,
+    disk_gb: int,
+) -> HostRow | None:
+    """The host is online, with the certificate pinned; None when it is gone. Its earlier tokens are dead.
+
+    ConstraintViolated("hosts_address_key" or "hosts_cert_fingerprint_key") when another living host has them.
+    """
+    await tx.execute(
+        "update host_refresh_tokens set revoked_at = now() where host_id = $1 and revoked_at is null", host_id
+    )
+    record = await tx.fetchrow(
+        f"""
+        update hosts as h set
+          address = $2, cert_fingerprint = $3, arch = $4, cpu_cores = $5, memory_mb = $6, disk_gb = $7,
+          status = 'online', generation = generation + (status <> 'online')::int,
+          credential_epoch = credential_epoch + 1, last_heartbeat = now()
+        where h.id = $1 and h.deleted_at is null
+        returning {_COLUMNS}
+        """,
+        host_id,
+        address,
+        cert_fingerprint,
+        arch,
+        cpu_cores,
+        memory_mb,
+        disk_gb,
+    )
+    return one(HostRow, record)
+
+
+async def pin_certificate(tx: Connection, host_id: UUID, cert_fingerprint: str) -> bool:
+    """A renewed certificate takes the old one's place; False when the host is gone."""
+    tag = await tx.execute(
+        "update hosts set cert_fingerprint = $2 where id = $1 and deleted_at is null", host_id, cert_fingerprint
+    )
+    return tag == "UPDATE 1"
+
+
+async def heartbeat(tx: Connection, host_id: UUID) -> HostRow | None:
+    """The host was heard now; None when it is gone. Its status is the monitor's to change."""
+    record = await tx.fetchrow(
+        f"""
+        update hosts as h set last_heartbeat = now() where h.id = $1 and h.deleted_at is null returning {_COLUMNS}
+        """,
+        host_id,
+    )
+    return one(HostRow, record)
+
+
+async def mark_status(
+    tx: Connection, host_id: UUID, *, from_status: str, generation: int, to_status: str
+) -> HostRow | None:
+    """Compare-and-set: the row as it is now, or None when it was no longer (`from_status`, `generation`) or is gone."""
+    record = await tx.fetchrow(
+        f"""
+        update hosts as h set status = $4, generation = generation + 1
+        where h.id = $1 and h.status = $2 and h.generation = $3 and h.deleted_at is null
+        returning {_COLUMNS}
+        """,
+        host_id,
+        from_status,
+        generation,
+        to_status,
+    )
+    return one(HostRow, record)

@@ -1,0 +1,93 @@
+"""One leader among processes on one database."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from capsule.db import lease as lease_module
+from capsule.db.connection import Connection
+from capsule.db.pool import Database, open_database
+
+LOCKS = "select count(*)::int from pg_locks where locktype = 'advisory' and granted and database = (select oid from pg_database where datname = current_database())"
+
+
+async def _locks(db: Database) -> int:
+    return await db.run(lambda tx: tx.fetchval(LOCKS))
+
+
+async def _no_locks(db: Database) -> None:
+    with trio.fail_after(5):
+        while await _locks(db):
+            await trio.sleep(0.01)
+
+
+async def test_there_is_one_leader_per_key(db: Database, postgres_dsn: str):
+    """A second process gets None while the first leads, and leads once it has let go; other keys are other matters."""
+    async with open_database(postgres_dsn) as other:
+        first = await db.try_lead("monitor")
+        assert first is not None
+        async with first:
+            assert await other.try_lead("monitor") is None
+            assert await db.try_lead("monitor") is None
+            sampler = await other.try_lead("sampler")
+            assert sampler is not None
+            await sampler.release()
+            assert not first.lost.is_set()
+        assert first.lost.is_set()
+        second = await other.try_lead("monitor")
+        assert second is not None
+        await second.release()
+        await second.release()
+    await _no_locks(db)
+
+
+async def test_a_leader_that_dies_is_replaced_at_once(db: Database, postgres_dsn: str):
+    """Closing a process's database ends its leases; the next one leads."""
+    async with open_database(postgres_dsn) as other:
+        lease = await other.try_lead("monitor")
+        assert lease is not None
+    with trio.fail_after(2):
+        await lease.lost.wait()
+    await _no_locks(db)
+    again = await db.try_lead("monitor")
+    assert again is not None
+    await again.release()
+
+
+async def test_a_killed_session_sets_lost(db: Database):
+    """The server ends the session that holds the lock: the leader is told without asking."""
+    lease = await db.try_lead("monitor")
+    assert lease is not None
+
+    async def kill(tx: Connection) -> None:
+        await tx.execute(
+            "select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and "
+            "database = (select oid from pg_database where datname = current_database())"
+        )
+
+    await db.run(kill)
+    with trio.fail_after(5):
+        await lease.lost.wait()
+    await lease.release()
+
+
+async def test_a_silent_session_is_asked_and_given_up(db: Database, monkeypatch: pytest.MonkeyPatch):
+    """A session that gives no answer within the probe's time-out is lost, whatever the network says."""
+    monkeypatch.setattr(lease_module, "PROBE_INTERVAL", 0.02)
+    monkeypatch.setattr(lease_module, "PROBE_TIMEOUT", 0.0)
+    lease = await db.try_lead("monitor")
+    assert lease is not None
+    with trio.fail_after(5):
+        await lease.lost.wait()
+    await _no_locks(db)
+
+
+async def test_cancelling_while_asking_never_keeps_the_lock(db: Database):
+    """Cancelled after 0, 1, 2, … ms: a lease nobody holds does not lock others out for ever."""
+    for n in range(20):
+        with trio.move_on_after(n * 0.001) as scope:
+            lease = await db.try_lead("monitor")
+        if not scope.cancelled_caught:
+            assert lease is not None, n
+            await lease.release()
+        await _no_locks(db)

@@ -1,0 +1,445 @@
+"""What each query promises to those who build on it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from uuid import UUID, uuid4
+
+import pytest
+import trio
+from capsule.db.connection import Connection
+from capsule.db.errors import ConstraintViolated
+from capsule.db.pool import Database
+from capsule.db.queries import (
+    audit,
+    certificate_authority,
+    hosts,
+    idempotency,
+    keys,
+    refresh_tokens,
+    sandboxes,
+    teams,
+    templates,
+    users,
+)
+from capsule.db.queries.sandboxes import SandboxRow
+from capsule.db.queries.teams import PLATFORM, TeamRow
+
+MakeSandbox = Callable[[], Awaitable[SandboxRow]]
+
+HASH = bytes(range(32))
+
+
+async def _together(count: int, work: Callable[[int], Awaitable[object]]) -> list[object]:
+    """Results of `work(0)`, `work(1)`, … run at the same time."""
+    results: list[object] = []
+
+    async def one(n: int) -> None:
+        results.append(await work(n))
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for n in range(count):
+                nursery.start_soon(one, n)
+    return results
+
+
+async def _run(db: Database, row: SandboxRow, host: UUID, soon: datetime) -> SandboxRow:
+    """Bring a pending sandbox to running."""
+
+    async def move(tx: Connection) -> SandboxRow:
+        starting = await sandboxes.change_status(
+            tx,
+            row.id,
+            from_status="pending",
+            generation=1,
+            to_status="starting",
+            host_id=host,
+            transition_deadline=soon,
+        )
+        assert starting is not None
+        running = await sandboxes.change_status(
+            tx, row.id, from_status="starting", generation=2, to_status="running", host_ip="10.11.0.4"
+        )
+        assert running is not None
+        return running
+
+    return await db.transaction(move)
+
+
+async def test_a_sandbox_comes_back_as_it_was_put(db: Database, sandbox: MakeSandbox, team: TeamRow):
+    """Every field of a new row, by team and by id; another team does not see it."""
+    row = await sandbox()
+    assert (row.status, row.generation, row.metadata, row.host_id, row.host_ip) == (
+        "pending",
+        1,
+        {"a": "1"},
+        None,
+        None,
+    )
+    assert row.created_at.tzinfo is not None
+    assert await db.run(sandboxes.get, team.id, row.id) == row
+    assert await db.run(sandboxes.get_any, row.id) == row
+    assert await db.run(sandboxes.get, uuid4(), row.id) is None
+
+
+async def test_a_change_of_status_is_compare_and_set(db: Database, sandbox: MakeSandbox, host: UUID, soon: datetime):
+    """Ten rivals, one wins, the others get None; a late answer with an old generation writes nothing."""
+    row = await sandbox()
+
+    def rival(_n: int) -> Awaitable[SandboxRow | None]:
+        change = partial(
+            sandboxes.change_status,
+            from_status="pending",
+            generation=1,
+            to_status="starting",
+            host_id=host,
+            transition_deadline=soon,
+        )
+        return db.transaction(change, row.id)
+
+    results = await _together(10, rival)
+    assert len([result for result in results if result is not None]) == 1
+    late = partial(sandboxes.change_status, from_status="starting", generation=1, to_status="error")
+    assert await db.transaction(late, row.id) is None
+
+
+async def test_times_and_address_follow_the_status(db: Database, sandbox: MakeSandbox, host: UUID, soon: datetime):
+    """started_at is the first start, the address goes at rest, the reason is of the latest change."""
+    running = await _run(db, await sandbox(), host, soon)
+    assert running.started_at is not None
+    assert running.last_active_at is not None
+    assert (running.host_ip, running.host_id, running.transition_deadline) == ("10.11.0.4", host, None)
+
+    async def rest_and_go_on(tx: Connection) -> tuple[SandboxRow, SandboxRow]:
+        change = partial(sandboxes.change_status, tx, running.id)
+        await change(from_status="running", generation=3, to_status="pausing", transition_deadline=soon, reason="idle")
+        paused = await change(from_status="pausing", generation=4, to_status="paused", reason="idle")
+        await change(from_status="paused", generation=5, to_status="resuming", transition_deadline=soon)
+        again = await change(from_status="resuming", generation=6, to_status="running", host_ip="10.11.0.9")
+        assert paused is not None
+        assert again is not None
+        return paused, again
+
+    paused, again = await db.transaction(rest_and_go_on)
+    assert (paused.host_ip, paused.reason) == (None, "idle")
+    assert (again.host_ip, again.reason, again.started_at) == ("10.11.0.9", None, running.started_at)
+
+
+async def test_pages_are_complete_and_newest_first(db: Database, sandbox: MakeSandbox, team: TeamRow):
+    """Rows made in one instant are not dropped between pages; finished ones show only when asked for."""
+    made = [await sandbox() for _ in range(7)]
+    one_instant = "update sandboxes set created_at = $1 where id = $2"
+
+    async def same_time(tx: Connection) -> None:
+        await tx.execute("alter table sandboxes disable trigger sandboxes_identity")
+        for row in made[:4]:
+            await tx.execute(one_instant, made[0].created_at, row.id)
+        await tx.execute("alter table sandboxes enable trigger sandboxes_identity")
+
+    await db.transaction(same_time)
+    seen: list[SandboxRow] = []
+    while True:
+        before = (seen[-1].created_at, seen[-1].id) if seen else None
+        page = await db.run(partial(sandboxes.list_page, statuses=None, limit=2, before=before), team.id)
+        if not page:
+            break
+        seen += page
+    assert {row.id for row in seen} == {row.id for row in made}
+    assert [(row.created_at, row.id) for row in seen] == sorted(((r.created_at, r.id) for r in seen), reverse=True)
+    end = partial(sandboxes.change_status, from_status="pending", generation=1, to_status="error")
+    await db.transaction(end, made[0].id)
+    listed = partial(sandboxes.list_page, limit=50, before=None)
+    assert len(await db.run(partial(listed, statuses=None), team.id)) == 6
+    assert [row.id for row in await db.run(partial(listed, statuses=["error"]), team.id)] == [made[0].id]
+    assert await db.run(partial(listed, statuses=[]), team.id) == []
+
+
+async def test_touch_is_written_once_a_second_and_only_while_running(
+    db: Database, sandbox: MakeSandbox, host: UUID, soon: datetime
+):
+    """A stream of pings costs one write a second; a sandbox that does not run is not woken up."""
+    pending = await sandbox()
+    await db.run(sandboxes.touch, pending.id)
+    row = await db.run(sandboxes.get_any, pending.id)
+    assert row is not None
+    assert row.last_active_at is None
+    running = await _run(db, pending, host, soon)
+    await db.run(sandboxes.touch, running.id)
+    assert await db.run(sandboxes.get_any, running.id) == running
+    old = "update sandboxes set last_active_at = now() - interval '2 seconds' where id = $1"
+    await db.run(lambda tx: tx.execute(old, running.id))
+    await db.run(sandboxes.touch, running.id)
+    row = await db.run(sandboxes.get_any, running.id)
+    assert row is not None
+    assert row.last_active_at is not None
+    assert datetime.now(UTC) - row.last_active_at < timedelta(seconds=2)
+    assert row.last_updated == running.last_updated
+
+
+async def test_hosts_know_their_sandboxes_and_what_they_hold(
+    db: Database, sandbox: MakeSandbox, host: UUID, soon: datetime
+):
+    """Paused ones hold disk, and their vcpus and memory are told apart; finished ones hold nothing."""
+    rows = [await _run(db, await sandbox(), host, soon) for _ in range(3)]
+
+    async def pause_one_end_one(tx: Connection) -> None:
+        change = partial(sandboxes.change_status, tx)
+        await change(rows[0].id, from_status="running", generation=3, to_status="pausing", transition_deadline=soon)
+        await change(rows[0].id, from_status="pausing", generation=4, to_status="paused")
+        await change(rows[1].id, from_status="running", generation=3, to_status="error")
+
+    await db.transaction(pause_one_end_one)
+    assert [row.id for row in await db.run(sandboxes.on_host, host)] == [rows[0].id, rows[2].id]
+    (held,) = await db.run(sandboxes.reserved_by_host)
+    assert held == sandboxes.HostReservation(
+        host_id=host, vcpus=2, memory_mb=512, disk_mb=2048, sandboxes=2, paused_vcpus=2, paused_memory_mb=512
+    )
+
+
+async def test_overdue_finds_exactly_rows_past_their_deadline(db: Database, sandbox: MakeSandbox, soon: datetime):
+    """A pending row nobody looks after turns up once its deadline has passed."""
+    row = await sandbox()
+    assert await db.run(sandboxes.overdue, soon) == []
+    assert await db.run(sandboxes.overdue, soon + timedelta(seconds=1)) == [row]
+
+
+async def test_counting_for_a_quota_is_one_after_the_other(db: Database, team: TeamRow, soon: datetime):
+    """Ten creates at once under a limit of three make three sandboxes."""
+
+    async def create(_n: int) -> bool:
+        async def insert_if_allowed(tx: Connection) -> bool:
+            if await sandboxes.count_live(tx, team.id) >= 3:
+                return False
+            await sandboxes.insert(
+                tx,
+                id=uuid4(),
+                team_id=team.id,
+                template="minimal",
+                vcpus=1,
+                memory_mb=1,
+                disk_mb=1,
+                timeout_sec=0,
+                metadata={},
+                transition_deadline=soon,
+            )
+            return True
+
+        return await db.transaction(insert_if_allowed)
+
+    assert sorted(await _together(10, create)) == [False] * 7 + [True] * 3
+    assert await db.transaction(sandboxes.count_live, team.id) == 3
+
+
+async def test_users_and_teams(db: Database, team: TeamRow):
+    """An account is found in any case; a team has its slug, owner and limits until it is deleted."""
+    user = await db.transaction(lambda tx: users.insert(tx, email="Ada@Example.com", name="Ada", password_hash="h"))
+    assert await db.run(users.by_email, "ada@example.COM") == user
+    assert await db.run(users.get, user.id) == user
+    assert user.sessions_valid_from is None
+    assert await db.run(teams.get, team.id) == team
+    assert await db.run(teams.limits, team.id) == teams.TeamLimits(max_sandboxes=1000, max_vcpus=8, max_memory_mb=16384)
+    await db.transaction(lambda tx: tx.execute("update teams set deleted_at = now() where id = $1", team.id))
+    assert await db.run(teams.limits, team.id) is None
+
+
+async def test_api_keys(db: Database, team: TeamRow):
+    """Found by hash while not revoked, with the team's state; last_used_at at most once a minute."""
+    key = await db.transaction(
+        lambda tx: keys.insert(tx, team_id=team.id, name="ci", prefix="cap_01234567", sha256=HASH, created_by=None)
+    )
+    assert key.team_alive
+    assert await db.run(keys.by_hash, HASH) == key
+    assert await db.run(keys.by_hash, bytes(32)) is None
+    assert await db.run(keys.list_for_team, team.id) == [key]
+    await db.run(keys.touch_last_used, key.id)
+    used = await db.run(keys.by_hash, HASH)
+    assert used is not None
+    assert used.last_used_at is not None
+    await db.run(keys.touch_last_used, key.id)
+    assert await db.run(keys.by_hash, HASH) == used
+    await db.transaction(lambda tx: tx.execute("update teams set deleted_at = now() where id = $1", team.id))
+    orphan = await db.run(keys.by_hash, HASH)
+    assert orphan is not None
+    assert not orphan.team_alive
+    assert not await db.run(keys.revoke, uuid4(), key.id)
+    assert await db.run(keys.revoke, team.id, key.id)
+    assert not await db.run(keys.revoke, team.id, key.id)
+    assert await db.run(keys.by_hash, HASH) is None
+
+
+async def test_a_registration_token_is_taken_once(db: Database, soon: datetime):
+    """Of ten that show it at once one gets the host; a rolled back registration leaves it good; expired is expired."""
+    host = await db.transaction(lambda tx: hosts.insert(tx, type="regular"))
+    put = partial(hosts.insert_registration_token, host_id=host.id, sha256=HASH, expires_at=soon)
+    await db.transaction(put)
+
+    async def take_and_fail(tx: Connection) -> None:
+        assert await hosts.take_registration_token(tx, HASH) == host.id
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await db.transaction(take_and_fail)
+    taken = await _together(10, lambda _n: db.transaction(hosts.take_registration_token, HASH))
+    assert (taken.count(host.id), taken.count(None)) == (1, 9)
+    old = partial(put, sha256=bytes(32), expires_at=datetime.now(UTC) - timedelta(seconds=1))
+    await db.transaction(old)
+    assert await db.transaction(hosts.take_registration_token, bytes(32)) is None
+
+
+async def test_a_newer_registration_token_voids_the_older(db: Database, soon: datetime):
+    """Only the last one handed out can be used, and none of a deleted host."""
+    host = await db.transaction(lambda tx: hosts.insert(tx, type="regular"))
+    put = partial(hosts.insert_registration_token, host_id=host.id, expires_at=soon)
+    await db.transaction(partial(put, sha256=HASH))
+    await db.transaction(partial(put, sha256=bytes(32)))
+    assert await db.transaction(hosts.take_registration_token, HASH) is None
+    await db.transaction(lambda tx: tx.execute("update hosts set deleted_at = now()"))
+    assert await db.transaction(hosts.take_registration_token, bytes(32)) is None
+
+
+async def test_registration_heartbeat_and_status_of_a_host(db: Database, host: UUID, soon: datetime):
+    """Registering brings it online with a new credential epoch and ends its refresh tokens; status is compare-and-set;
+    a heartbeat is only a heartbeat; a deleted host is gone for all of them."""
+    row = await db.run(hosts.get, host)
+    assert row is not None
+    assert (row.status, row.generation, row.credential_epoch, row.tags) == ("online", 2, 1, [])
+    await db.run(lambda tx: tx.execute("insert into host_tags values ($1, 'gpu'), ($1, 'a')", host))
+    issue = partial(refresh_tokens.insert, host_id=host, family=uuid4(), sha256=HASH, expires_at=soon)
+    await db.transaction(issue)
+    again = partial(
+        hosts.register,
+        address="10.0.0.1:7001",
+        cert_fingerprint="ab" * 32,
+        arch="x86_64",
+        cpu_cores=1,
+        memory_mb=1,
+        disk_gb=1,
+    )
+    row = await db.transaction(again, host)
+    assert row is not None
+    assert (row.generation, row.credential_epoch, row.tags) == (2, 2, ["a", "gpu"])
+    rotate = partial(refresh_tokens.rotate, sha256=HASH, new_sha256=bytes(32), expires_at=soon)
+    assert await db.transaction(rotate) is None
+    down = partial(hosts.mark_status, from_status="online", generation=2, to_status="unreachable")
+    results = await _together(4, lambda _n: db.transaction(down, host))
+    assert len([r for r in results if r is not None]) == 1
+    beaten = await db.run(hosts.heartbeat, host)
+    assert beaten is not None
+    assert (beaten.status, beaten.generation) == ("unreachable", 3)
+    assert await db.transaction(hosts.pin_certificate, host, "cd" * 32)
+    assert [r.id for r in await db.run(hosts.list_all)] == [host]
+    assert await db.run(partial(hosts.list_all, statuses=["online"])) == []
+    await db.transaction(lambda tx: tx.execute("update hosts set deleted_at = now() where id = $1", host))
+    assert await db.run(hosts.heartbeat, host) is None
+    assert await db.run(hosts.get, host) is None
+    assert await db.run(hosts.list_all) == []
+    assert not await db.transaction(hosts.pin_certificate, host, "ef" * 32)
+    assert await db.transaction(again, host) is None
+
+
+async def test_a_refresh_token_is_spent_once(db: Database, host: UUID, soon: datetime):
+    """Of ten that show it at once one gets the next of the family; a spent one is known as spent; a revoked family is
+    dead to its last member."""
+    first = await db.transaction(
+        partial(refresh_tokens.insert, host_id=host, family=uuid4(), sha256=bytes(32), expires_at=soon)
+    )
+
+    async def rotate(n: int) -> refresh_tokens.RefreshTokenRow | None:
+        new = bytes([n + 1] * 32)
+        return await db.transaction(partial(refresh_tokens.rotate, sha256=bytes(32), new_sha256=new, expires_at=soon))
+
+    (second,) = [row for row in await _together(10, rotate) if row is not None]
+    assert isinstance(second, refresh_tokens.RefreshTokenRow)
+    assert (second.family, second.host_id) == (first.family, host)
+    spent = await db.run(refresh_tokens.get, bytes(32))
+    assert spent is not None
+    assert spent.superseded_at is not None
+    await db.transaction(refresh_tokens.revoke_family, first.family)
+    revoked = await db.run(lambda tx: tx.fetchval("select bool_and(revoked_at is not null) from host_refresh_tokens"))
+    assert revoked
+
+
+async def test_the_first_certificate_authority_counts(db: Database):
+    """Control planes that start at once agree on one."""
+    assert await db.run(certificate_authority.get) is None
+
+    async def make(n: int) -> str:
+        put = partial(certificate_authority.insert_if_absent, cert_pem=f"cert {n}", key_pem="key")
+        return (await db.transaction(put)).cert_pem
+
+    assert len(set(await _together(5, make))) == 1
+
+
+async def test_templates(db: Database, team: TeamRow):
+    """A base image is everyone's and is brought up to date; the team's own of the same name goes before it."""
+    base = await db.transaction(lambda tx: templates.upsert_base(tx, name="minimal", size_bytes=1))
+    newer = await db.transaction(lambda tx: templates.upsert_base(tx, name="minimal", size_bytes=2))
+    assert (newer.id, newer.size_bytes, newer.platform, newer.team_id) == (base.id, 2, True, PLATFORM)
+    assert await db.run(templates.get_by_name, team.id, "minimal") == newer
+    own = "insert into templates (team_id, name, type, vcpus, memory_mb) values ($1, 'minimal', 'snapshot', 1, 512)"
+    await db.transaction(lambda tx: tx.execute(own, team.id))
+    mine = await db.run(templates.get_by_name, team.id, "minimal")
+    assert mine is not None
+    assert (mine.team_id, mine.platform) == (team.id, False)
+    listed = partial(templates.list_page, limit=10, before=None)
+    assert await db.run(partial(listed, type=None), team.id) == [mine, newer]
+    assert await db.run(partial(listed, type="base"), team.id) == [newer]
+    assert await db.run(partial(listed, type=None), uuid4()) == [newer]
+    after = partial(templates.list_page, type=None, limit=10, before=(mine.created_at, mine.id))
+    assert await db.run(after, team.id) == [newer]
+    assert await db.run(templates.get_by_name, team.id, "none") is None
+
+
+async def test_audit_rows_go_with_their_transaction(db: Database, team: TeamRow):
+    """A row is there exactly if the action is; the system has no id, everybody else has one."""
+    append = partial(
+        audit.append,
+        actor_type="api_key",
+        actor_id=uuid4(),
+        actor_name="ci",
+        team_id=team.id,
+        resource_type="sandbox",
+        resource_id=uuid4(),
+        action="create",
+        metadata={"template": "minimal"},
+    )
+
+    async def act_and_fail(tx: Connection) -> None:
+        await append(tx)
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await db.transaction(act_and_fail)
+    await db.transaction(append)
+    (row,) = await db.run(lambda tx: tx.fetch("select * from audit_logs"))
+    assert (row["metadata"], row["scope"], row["status"]) == ({"template": "minimal"}, "team", "success")
+    with pytest.raises(ConstraintViolated, match="audit_logs_actor"):
+        await db.transaction(partial(append, actor_id=None))
+
+
+async def test_an_idempotency_key_makes_one_resource(db: Database, team: TeamRow):
+    """Ten at once: one claims, the others learn what it made. Rolled back, the key is free. After a day, too."""
+
+    async def claim(n: int) -> UUID | None:
+        row = await db.transaction(idempotency.claim, team.id, "k", HASH, UUID(int=n))
+        return row.resource_id if row else None
+
+    results = await _together(10, claim)
+    row = await db.run(idempotency.get, team.id, "k")
+    assert row is not None
+    assert (results.count(row.resource_id), results.count(None)) == (9, 1)
+    assert row.request_sha256 == HASH
+
+    async def claim_and_fail(tx: Connection) -> None:
+        assert await idempotency.claim(tx, team.id, "other", HASH, uuid4()) is None
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await db.transaction(claim_and_fail)
+    assert await db.run(idempotency.get, team.id, "other") is None
+    await db.run(lambda tx: tx.execute("update idempotency_keys set created_at = now() - interval '25 hours'"))
+    assert await db.run(idempotency.get, team.id, "k") is None
+    assert await claim(99) is None
