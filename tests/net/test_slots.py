@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import statistics
@@ -217,7 +218,9 @@ def test_the_tap_carries_frames():
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
                 udp.sendto(b"hello guest", ("169.254.0.21", 9))
 
-        in_thread(send)
+        deadline = time.monotonic() + 5
+        while not select.select([tap], [], [], 0.1)[0] and time.monotonic() < deadline:
+            in_thread(send)  # what is sent before the kernel has noticed the carrier is dropped
         frame = os.read(tap, 65536)
         header, ethernet = frame[:10], frame[10:]
         assert len(header) == 10
