@@ -15,7 +15,6 @@ import msgspec
 import structlog
 import trio
 
-from agent.images.errors import ImageNotFound, ImagesError
 from agent.net.addresses import GUEST_MAC, slot_addresses
 from agent.net.errors import NetworkError, NoFreeSlots
 from agent.sandboxes.records import ProcessRecord, Record
@@ -77,7 +76,7 @@ async def build(parts: HostParts, made: Made, *, envs: dict[str, str], nursery: 
         finally:
             parts.boots.release()
         await save(parts, made, phase="running", started_at=time.time())
-    except (NetworkError, StorageError, VmmError, ImagesError, OSError) as err:
+    except (NetworkError, StorageError, VmmError, OSError) as err:
         raise as_fault(err) from err
 
 
@@ -87,8 +86,7 @@ async def _boot(parts: HostParts, made: Made) -> None:
         made.slot = await parts.slots.acquire()
         await save(parts, made, slot=made.slot.number)
     with made.step("overlay"):
-        image = await trio.to_thread.run_sync(parts.images.load, made.record.template)
-        await parts.overlays.create(image.rootfs, directory / DISK_FILE, made.record.disk_mb)
+        await parts.overlays.create(Path(made.record.rootfs), directory / DISK_FILE, made.record.disk_mb)
     with made.step("vmm"):
         tap = await parts.slot_backend.open_tap(made.slot.number)
         try:
@@ -173,8 +171,6 @@ def as_fault(err: Exception) -> Fault:
             return Fault(FaultCode.NO_CAPACITY, "this host has no free network slot", retryable=True)
         case HostDiskFull():
             return Fault(FaultCode.NO_CAPACITY, "this host's disk is full", retryable=True)
-        case ImageNotFound():
-            return Fault(FaultCode.NOT_FOUND, "this host does not have the template")
         case _:
             what = type(err).__name__
             return Fault(FaultCode.INTERNAL, f"the host could not start the sandbox ({what})", retryable=True)

@@ -55,7 +55,7 @@ class Handlers:
                 await self._outbox.acknowledge(parse(Acknowledge, body).sequence)
                 return {}
             case "sandbox.create":
-                sandbox = self._manager.create(parse(CreateSandbox, body))
+                sandbox = await self._manager.create(parse(CreateSandbox, body))
                 return body_of(await sandbox.started.wait(deadline=stream.deadline))
             case "sandbox.destroy":
                 await self._manager.destroy(parse(SandboxRef, body).sandbox_id, deadline=stream.deadline)

@@ -1,7 +1,8 @@
 """All sandboxes of this host.
 
 Owns: the nursery of sandbox actors, the table of them. Owned by: the daemon's nursery.
-Takes: `create`, `destroy`, `find`, `listing`; none of them waits. Emits: a growing `version`, for `host.watch`.
+Takes: `create`, `destroy`, `find`, `listing`; the table changes without waiting in between.
+Emits: a growing `version`, for `host.watch`.
 Dies when: the daemon stops. The sandboxes' VMs live on.
 """
 
@@ -21,6 +22,7 @@ from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 
 if TYPE_CHECKING:
+    from agent.images.store import Image
     from agent.sandboxes.adoption import Adopted
     from agent.sandboxes.parts import HostParts
 
@@ -67,8 +69,17 @@ class Manager:
                 del self._sandboxes[sandbox.id]
             self.changed()
 
-    def create(self, request: CreateSandbox) -> Sandbox:
+    async def create(self, request: CreateSandbox) -> Sandbox:
         """The sandbox of this id, newly started unless it is there. Raises Fault without having done anything."""
+        try:
+            image = await trio.to_thread.run_sync(self._parts.images.load, request.template)
+        except ImagesError as err:
+            log.warning("image_not_loaded", template=request.template, error=str(err))
+            raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
+        return self._admit(request, image)
+
+    def _admit(self, request: CreateSandbox, image: Image) -> Sandbox:
+        """Without waiting between the questions and the entry in the table: two at once get one sandbox."""
         existing = self._sandboxes.get(request.sandbox_id)
         if existing is not None:
             if existing.status not in {Status.STARTING, Status.RUNNING}:
@@ -85,18 +96,14 @@ class Manager:
                 f"{request.memory_mb} MiB do not fit: {taken} of {self._memory_mb} MiB are taken on this host",
                 retryable=True,
             )
-        sandbox = Sandbox(self._parts, self._record(request), self.changed)
+        sandbox = Sandbox(self._parts, self._record(request, image), self.changed)
         self._sandboxes[sandbox.id] = sandbox
         self._nursery.start_soon(self._keep, sandbox, dict(request.envs))
         self.changed()
         return sandbox
 
-    def _record(self, request: CreateSandbox) -> Record:
-        try:
-            image = self._parts.images.load(request.template)
-        except ImagesError as err:
-            log.warning("image_not_loaded", template=request.template, error=str(err))
-            raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
+    @staticmethod
+    def _record(request: CreateSandbox, image: Image) -> Record:
         return Record(
             sandbox_id=request.sandbox_id,
             phase="making",
@@ -107,6 +114,7 @@ class Manager:
             hostname=request.hostname,
             kernel=str(image.kernel),
             initramfs=str(image.initramfs),
+            rootfs=str(image.rootfs),
         )
 
     async def destroy(self, sandbox_id: str, *, deadline: float) -> None:

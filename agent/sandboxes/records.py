@@ -48,6 +48,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str
     kernel: str
     initramfs: str
+    rootfs: str
     slot: int = 0
     process: ProcessRecord | None = None
     started_at: float = 0.0

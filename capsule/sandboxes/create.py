@@ -76,7 +76,7 @@ class Creator:
         self, principal: Principal, request: CreateSandbox, key: str | None, host: UUID
     ) -> tuple[SandboxRow, bool]:
         try:
-            return await self.rows.db.transaction(insert, NewSandbox(principal, request, key, host, self.settings))
+            return await self.rows.transaction(insert, NewSandbox(principal, request, key, host, self.settings))
         except ConstraintViolated as err:
             if err.name == "sandboxes_team_alive":
                 raise errors.NoTeam("your team was deleted") from err
@@ -125,7 +125,7 @@ class Creator:
 
     async def _earlier(self, principal: Principal, request: CreateSandbox, key: str) -> UUID | None:
         """The sandbox an earlier request with this key made."""
-        claim = await self.rows.db.run(idempotency.get, principal.team_id, key)
+        claim = await self.rows.run(idempotency.get, principal.team_id, key)
         if claim is None:
             return None
         if claim.request_sha256 != fingerprint(request):
@@ -136,7 +136,7 @@ class Creator:
         """Wait for whoever makes it (another request, another control plane, or the monitor after a crash)."""
         deadline = trio.current_time() + self.settings.create_timeout
         while True:
-            row = found(await self.rows.db.run(sandboxes.get_any, sandbox))
+            row = found(await self.rows.run(sandboxes.get_any, sandbox))
             if row.status not in {Status.PENDING, Status.STARTING}:
                 return self._outcome(row)
             if trio.current_time() >= deadline:

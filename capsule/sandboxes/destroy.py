@@ -53,7 +53,7 @@ class Destroyer:
         await self.operations.finish(partial(self._destroy, principal, sandbox))
 
     async def _destroy(self, principal: Principal, sandbox: UUID) -> None:
-        row = await self.rows.db.transaction(begin, principal, sandbox, self.settings.call_timeout)
+        row = await self.rows.transaction(begin, principal, sandbox, self.settings.call_timeout)
         if row.status not in FINAL:
             with structlog.contextvars.bound_contextvars(sandbox_id=str(row.id)):
                 await self.finish(row)
@@ -90,7 +90,7 @@ def _unfinished(fault: Fault) -> errors.CapsuleError:
 
 
 async def begin(tx: Connection, principal: Principal, sandbox: UUID, seconds: float) -> SandboxRow:
-    """Make the row `stopping`, with its audit row, unless it is or has ended; after `seconds` the monitor takes over."""
+    """Make the row `stopping` and audit it, unless it has ended; the monitor takes over after `seconds`."""
     for _ in range(MAX_RACES):
         row = found(await sandboxes.get(tx, principal.team_id, sandbox))
         if row.status in FINAL or row.status == Status.STOPPING:

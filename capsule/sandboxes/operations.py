@@ -13,7 +13,6 @@ import structlog
 import trio
 
 from agent.actor.mailbox import ReplySlot
-from capsule.db.errors import DatabaseUnavailable
 from capsule.errors import Busy, CapsuleError, Internal
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Operations:
     async def _work(self, work: Callable[[], Awaitable[T]], slot: ReplySlot[T]) -> None:
         try:
             slot.answer(await work())
-        except (CapsuleError, DatabaseUnavailable) as err:
+        except CapsuleError as err:
             slot.fail(err)
         except Exception:
             log.exception("operation_failed")

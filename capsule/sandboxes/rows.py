@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, cast
 from uuid import UUID
 
 import structlog
@@ -16,7 +16,7 @@ from capsule.db.queries import audit, sandboxes
 from capsule.model import SandboxStatus, SandboxView
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
@@ -29,6 +29,10 @@ log = structlog.get_logger()
 SETTLE_TIMEOUT = 30.0
 """How long a result waits for a database that is away before it is left to the monitor."""
 SETTLE_PAUSE = 0.5
+NO_ANSWER = "the database does not answer; try again"
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +47,29 @@ class SandboxRows:
     """The database as seen from the use-cases; DatabaseUnavailable becomes the API's error of that name."""
 
     def __init__(self, db: Database) -> None:
-        self.db = db
+        self._db = db
+
+    async def run(self, fn: Callable[[Connection, *Ts], Awaitable[T]], *args: *Ts) -> T:
+        """`Database.run`, failing in the API's words."""
+        try:
+            return await self._db.run(fn, *args)
+        except DatabaseUnavailable as err:
+            raise errors.DatabaseUnavailable(NO_ANSWER, retry_after=1) from err
+
+    async def transaction(self, fn: Callable[[Connection, *Ts], Awaitable[T]], *args: *Ts) -> T:
+        """`Database.transaction`, failing in the API's words."""
+        try:
+            return await self._db.transaction(fn, *args)
+        except DatabaseUnavailable as err:
+            raise errors.DatabaseUnavailable(NO_ANSWER, retry_after=1) from err
 
     async def get(self, principal: Principal, sandbox: UUID) -> SandboxRow:
         """The team's row. NotFound for another team's, as for none."""
-        return found(await self.db.run(sandboxes.get, principal.team_id, sandbox))
+        return found(await self.run(sandboxes.get, principal.team_id, sandbox))
 
     async def running(self, principal: Principal, sandbox: UUID) -> Placed:
         """The team's sandbox, which must run; resets its idle clock. NotFound, InvalidState."""
-        row = found(await self.db.run(_get_and_touch, principal.team_id, sandbox))
+        row = found(await self.run(_get_and_touch, principal.team_id, sandbox))
         if row.status != Status.RUNNING or row.host_id is None:
             raise errors.InvalidState(_not_running(row), status=row.status)
         return Placed(id=row.id, host=row.host_id)
@@ -66,8 +84,8 @@ class SandboxRows:
         deadline = trio.current_time() + SETTLE_TIMEOUT
         while True:
             try:
-                return await self.db.transaction(_change_or_read, row, to_status, host_ip, reason)
-            except DatabaseUnavailable:
+                return await self.transaction(_change_or_read, row, to_status, host_ip, reason)
+            except errors.DatabaseUnavailable:
                 if trio.current_time() >= deadline:
                     raise
                 log.warning("outcome_waits_for_database", sandbox_id=str(row.id), to_status=to_status)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from capsule.db.connection import Connection
-    from capsule.db.pool import Database
     from capsule.model import (
         CreateSandbox,
         ExecCall,
@@ -62,7 +61,7 @@ class Sandboxes:
                 connection, principal.team_id, statuses=statuses, limit=limit + 1, before=position
             )
 
-        rows = await self.rows.db.run(page)
+        rows = await self.rows.run(page)
         return _page([view(row) for row in rows], limit)
 
     async def get(self, principal: Principal, sandbox: UUID) -> SandboxView:
@@ -120,7 +119,7 @@ class Sandboxes:
 class Templates:
     """What sandboxes start from (`capsule.http.ports.TemplateService`)."""
 
-    db: Database
+    rows: SandboxRows
 
     async def list(
         self, principal: Principal, kind: TemplateType | None, limit: int, before: Position | None
@@ -131,7 +130,7 @@ class Templates:
             position = None if before is None else (before.created_at, before.id)
             return await templates.list_page(connection, principal.team_id, type=kind, limit=limit + 1, before=position)
 
-        return _page([_template(row) for row in await self.db.run(page)], limit)
+        return _page([_template(row) for row in await self.rows.run(page)], limit)
 
 
 def _page(views: list[V], limit: int) -> Page[V]:

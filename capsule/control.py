@@ -1,0 +1,139 @@
+"""The control plane: its nursery tree in one screen.
+
+serve
+├─ signals              SIGTERM, SIGINT: stop accepting, drain, cancel; a hard deadline behind it all
+├─ database             (service; closes last)
+├─ host links           → link per host in use → peer
+├─ scheduler            reservations
+├─ operations           → task per create or destroy under way
+├─ monitor              → follower per host, while it leads
+└─ HTTP server          → task per connection
+"""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import gettempdir
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+from prometheus_client import CollectorRegistry
+
+from agent.actor.watchdog import LoopWatchdog
+from capsule.auth.keys import ApiKeyAuthenticator
+from capsule.db.errors import DatabaseUnavailable
+from capsule.db.migrate import migrate
+from capsule.db.pool import Database, open_database
+from capsule.gauges import FleetGauges
+from capsule.hosts.authority import load_authority
+from capsule.hosts.directory import Directory
+from capsule.hosts.links import HostLinks, tls_dial
+from capsule.hosts.registration import HostEnrolment
+from capsule.hosts.tls import ClientContexts
+from capsule.http.app import create_app
+from capsule.http.ports import Services
+from capsule.http.server import serve as serve_http
+from capsule.monitor.monitor import Monitor
+from capsule.sandboxes.create import Creator
+from capsule.sandboxes.destroy import Destroyer
+from capsule.sandboxes.execs import Execs
+from capsule.sandboxes.files import Files
+from capsule.sandboxes.operations import Operations
+from capsule.sandboxes.rows import SandboxRows
+from capsule.sandboxes.service import Sandboxes, Templates
+from capsule.scheduler.placement import Overcommit
+from capsule.scheduler.scheduler import Scheduler, fleet_reader
+
+if TYPE_CHECKING:
+    from capsule.config import Settings
+
+log = structlog.get_logger()
+
+POOL_SIZE = 16
+HTTP_GRACE = 10.0
+"""Seconds that requests get to finish after a stop request."""
+DATABASE_PATIENCE = 60.0
+"""Seconds that a starting control plane waits for its database."""
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    trio.run(serve, settings, instruments=[LoopWatchdog()])
+
+
+async def serve(settings: Settings) -> None:
+    """The control plane. Ends by a signal; raises what kept it from starting."""
+    stop = trio.Event()
+    async with trio.open_nursery() as signals:
+        await signals.start(_watch_signals, stop, settings.shutdown_timeout)
+        async with open_database(settings.database_url, max_size=POOL_SIZE) as db:
+            await db.wait_available(timeout=DATABASE_PATIENCE)
+            await migrate(db)
+            await _serve(settings, db, stop)
+        signals.cancel_scope.cancel()
+    log.info("control_plane_stopped")
+
+
+async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
+    authority = await load_authority(db, settings)
+    links = HostLinks(Directory(db), tls_dial(ClientContexts(authority)), settings)
+    overcommit = Overcommit(
+        vcpus=settings.vcpu_overcommit, memory=settings.memory_overcommit, disk=settings.disk_overcommit
+    )
+    scheduler = Scheduler(fleet_reader(db, overcommit))
+    operations = Operations()
+    monitor = Monitor(db, links, settings)
+    registry = CollectorRegistry()
+    FleetGauges(db, links, operations, monitor).register(registry)
+    rows = SandboxRows(db)
+    services = Services(
+        authenticator=ApiKeyAuthenticator(db),
+        sandboxes=_sandboxes(settings, rows, links, scheduler, operations),
+        templates=Templates(rows),
+        hosts=HostEnrolment(db, authority, settings, forget=links.forget),
+        ready=partial(_ready, db),
+    )
+    app = create_app(services, registry=registry, version=version("capsule"), spool_dir=Path(gettempdir()))
+    async with trio.open_nursery() as nursery:
+        await nursery.start(links.run)
+        await nursery.start(scheduler.run)
+        await nursery.start(operations.run)
+        nursery.start_soon(monitor.run)
+        async with trio.open_nursery() as http:
+            await http.start(partial(serve_http, app, settings.bind_address, shutdown=stop, grace=HTTP_GRACE))
+            log.info("control_plane_serving", url=settings.url)
+        await operations.drain()
+        nursery.cancel_scope.cancel()
+
+
+def _sandboxes(
+    settings: Settings, rows: SandboxRows, links: HostLinks, scheduler: Scheduler, operations: Operations
+) -> Sandboxes:
+    return Sandboxes(
+        rows=rows,
+        creator=Creator(rows=rows, links=links, scheduler=scheduler, operations=operations, settings=settings),
+        destroyer=Destroyer(rows=rows, links=links, operations=operations, settings=settings),
+        execs=Execs(links=links),
+        files=Files(links=links),
+    )
+
+
+async def _ready(db: Database) -> bool:
+    try:
+        await db.ping()
+    except DatabaseUnavailable:
+        return False
+    return True
+
+
+async def _watch_signals(stop: trio.Event, hard: float, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("stop_requested", signal=signal.Signals(number).name)
+            signal.alarm(round(hard))
+            stop.set()

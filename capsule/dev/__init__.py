@@ -1,0 +1,1 @@
+"""`capsule dev`: everything on one machine."""
