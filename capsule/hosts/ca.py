@@ -6,7 +6,6 @@ refuses a stolen host certificate that plays control plane. EC P-256 throughout.
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from capsule.config import HOW_TO_MAKE_A_KEY, split_address
+from capsule.config import HOW_TO_MAKE_A_KEY
 from capsule.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -106,14 +105,16 @@ class CertificateAuthority:
         """The private key as encrypted PKCS#8 PEM, fit for the database."""
         return self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(passphrase)).decode()
 
-    def issue_host_certificate(self, csr_pem: str, host_id: UUID, address: str, *, now: datetime | None = None) -> str:
-        """Certify the key of a request for one host at one address (host:port); returns PEM.
+    def issue_host_certificate(
+        self, csr_pem: str, host_id: UUID, address: x509.GeneralName, *, now: datetime | None = None
+    ) -> str:
+        """Certify the key of a request for one host at one address (IP address or DNS name); returns PEM.
 
         Names and extensions in the request are ignored: a host says which key it has, we say who it is. InvalidRequest
-        when the request is malformed, not signed by its own key, of another key type, or the address is none.
+        when the request is malformed, not signed by its own key, or of another key type.
         """
-        public_key = _requested_key(csr_pem)
-        names = [x509.UniformResourceIdentifier(host_uri(host_id)), _address_name(address)]
+        public_key = requested_key(csr_pem)
+        names = [x509.UniformResourceIdentifier(host_uri(host_id)), address]
         issued = self._issue(
             public_key,
             str(host_id),
@@ -179,7 +180,8 @@ def host_uri(host_id: UUID) -> str:
     return f"urn:capsule:host:{host_id}"
 
 
-def _requested_key(csr_pem: str) -> ec.EllipticCurvePublicKey:
+def requested_key(csr_pem: str) -> ec.EllipticCurvePublicKey:
+    """The public key of a sound request; InvalidRequest for any other."""
     if len(csr_pem) > MAX_CSR_CHARACTERS:
         raise InvalidRequest(f"csr_pem has more than {MAX_CSR_CHARACTERS} characters", field="csr_pem")
     try:
@@ -193,21 +195,6 @@ def _requested_key(csr_pem: str) -> ec.EllipticCurvePublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InvalidRequest("csr_pem must hold an EC key on curve P-256", field="csr_pem")
     return key
-
-
-def _address_name(address: str) -> x509.GeneralName:
-    try:
-        host, _ = split_address(address)
-    except ValueError as err:
-        raise InvalidRequest(f"address: {err}", field="address") from err
-    try:
-        return x509.IPAddress(ipaddress.ip_address(host))
-    except ValueError:
-        pass
-    try:
-        return x509.DNSName(host)
-    except ValueError as err:
-        raise InvalidRequest(f"address: {host!r} is neither an IP address nor a DNS name", field="address") from err
 
 
 def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:

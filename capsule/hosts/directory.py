@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from capsule.db.queries import hosts as rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
     from uuid import UUID
 
     from capsule.db.pool import Database
@@ -21,3 +22,27 @@ class Endpoint:
     address: str
     fingerprint: str
     epoch: int
+
+
+class Directory:
+    """Looks hosts up. Both methods raise DatabaseUnavailable."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def find(self, host: UUID) -> Endpoint | None:
+        """None for a host that is deleted, or that has not registered yet."""
+        row = await self._db.run(rows.get, host)
+        return None if row is None else _endpoint(row)
+
+    async def find_all(self, hosts: Collection[UUID]) -> dict[UUID, Endpoint]:
+        """Those of `hosts` that live and are registered."""
+        wanted = set(hosts)
+        found = {row.id: _endpoint(row) for row in await self._db.run(rows.list_all) if row.id in wanted}
+        return {host: endpoint for host, endpoint in found.items() if endpoint is not None}
+
+
+def _endpoint(row: rows.HostRow) -> Endpoint | None:
+    if row.address is None or row.cert_fingerprint is None:
+        return None
+    return Endpoint(row.address, row.cert_fingerprint, row.credential_epoch)

@@ -7,6 +7,7 @@ key of its own: no user session is ever a host token, nor the other way round.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ REGISTRATION_PREFIX = "htok-"
 REFRESH_PREFIX = "hrt-"
 
 KEY_PURPOSE = "host-token"
+REFRESH_KEY_PURPOSE = "host-refresh-token"
 ALGORITHM = "HS256"
 TYPE = "host"
 MAX_TOKEN_CHARACTERS = 2048
@@ -64,6 +66,24 @@ def is_well_formed(token: str, prefix: str) -> bool:
 def digest(token: str) -> bytes:
     """What is stored of a random token: SHA-256, 32 bytes."""
     return hashlib.sha256(token.encode()).digest()
+
+
+class RefreshTokens:
+    """Makes the tokens that follow each other.
+
+    The token that follows is a function of the one spent and of the key that asks. So an agent whose answer was lost
+    may ask again with the same key and gets the same answer; whoever only has the spent token gets another one, which
+    is how theft shows.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._key = settings.derive_key(REFRESH_KEY_PURPOSE)
+
+    def following(self, spent: str, public_key: bytes | None) -> str:
+        """The successor of `spent` for the holder of `public_key`; without one it is random."""
+        if public_key is None:
+            return new_refresh_token()
+        return REFRESH_PREFIX + hmac.digest(self._key, digest(spent) + public_key, "sha256").hex()
 
 
 class HostTokens:

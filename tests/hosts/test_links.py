@@ -246,10 +246,11 @@ async def test_a_renewed_certificate_drops_no_request(links, fleet, autojump_clo
 async def test_a_deleted_or_re_registered_host_loses_its_link_at_once(links, fleet, row, autojump_clock):
     """Whoever held the old registration is not trusted with another second."""
     host = fleet.add_host()
-    with pytest.raises(Fault) as caught:
-        async with links.open_stream(host, "hold", {}, timeout=60) as stream:
-            await trio.testing.wait_all_tasks_blocked()
-            fleet.rows.pop(host) if row is None else fleet.rows.update({host: row})
+
+    async with links.open_stream(host, "hold", {}, timeout=60) as stream:
+        await trio.testing.wait_all_tasks_blocked()
+        fleet.rows.pop(host) if row is None else fleet.rows.update({host: row})
+        with pytest.raises(Fault) as caught:
             await stream.reply()
     assert caught.value.code == "unavailable"
     assert trio.current_time() <= CHECK_INTERVAL + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 import trio
+from cryptography import x509
 from msgspec.structs import replace
 
 from agent.actor.tls import connect_tls, serve_tls
@@ -26,13 +28,14 @@ from agent.enrol.identity import (
 from capsule.hosts.ca import CLIENT_LIFETIME, CertificateAuthority, Identity, fingerprint
 from capsule.hosts.tls import ClientContexts, PinMismatch, check_pin, client_context
 
+HERE = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 LONG_AGO = datetime.now(UTC) - timedelta(days=365)
 
 
 def enrolled(authority, *, now=None):
     """Credentials of a fresh host, as an agent keeps them."""
     key_pem = new_key()
-    cert_pem = authority.issue_host_certificate(certificate_request(key_pem), uuid4(), "127.0.0.1:1", now=now)
+    cert_pem = authority.issue_host_certificate(certificate_request(key_pem), uuid4(), HERE, now=now)
     return Credentials(
         url="http://127.0.0.1",
         host_id=f"host-{uuid4()}",
@@ -161,7 +164,7 @@ async def test_a_renewed_certificate_is_served_from_the_next_handshake_on(author
     """Renewal needs no new listener."""
     old = enrolled(authority)
     request = certificate_request(old.key_pem)
-    renewed = replace(old, cert_pem=authority.issue_host_certificate(request, uuid4(), "127.0.0.1:1"))
+    renewed = replace(old, cert_pem=authority.issue_host_certificate(request, uuid4(), HERE))
     server = server_ssl_context(old)
     install_certificate(server, renewed)
     outcome = await dial(server, ClientContexts(authority).current())
