@@ -59,13 +59,14 @@ def _step(row: SandboxRow, vm: SandboxState | None, entry: OutboxEntry | None, n
             return Change(row, Status.STOPPED)
         case Status.STOPPING if overdue and vm is not None and vm.status != Status.STOPPING:
             return DestroyAgain(row)
+        case Status.STARTING | Status.RUNNING | Status.MISSING if entry is not None:
+            # Whether or not the listing still shows it: what is left is being removed, and the entry comes only once.
+            return Change(row, Status.ERROR, reason=entry.reason)
         case Status.STARTING | Status.MISSING if vm is not None and vm.status == Status.RUNNING:
             return Change(row, Status.RUNNING, host_ip=vm.host_ip or None)
-        case Status.STARTING if entry is not None:
-            return Change(row, Status.ERROR, reason=entry.reason)
         case Status.STARTING if vm is None and overdue:
             return Change(row, Status.ERROR, reason="it was not started in time")
         case Status.RUNNING | Status.MISSING if vm is None:
-            return Change(row, Status.ERROR, reason=entry.reason if entry else "its host no longer has it")
+            return Change(row, Status.ERROR, reason="its host no longer has it")
         case _:
             return None
