@@ -68,10 +68,11 @@ class Handlers:
 
     async def _watch(self, stream: ServedStream) -> dict[str, Any]:
         """A notice per change, as fast as the watcher reads; changes in between melt into one."""
-        version = -1
-        while True:
-            version = await self._manager.wait_changed(version)
+        seen = -1
+        while (version := await self._manager.wait_changed(seen)) is not None:
+            seen = version
             await stream.send(msgspec.msgpack.encode({"version": version}), NOTICE_CHANNEL)
+        return {}
 
     async def _call_guest(self, method: str, body: dict[str, Any], served: ServedStream) -> dict[str, Any]:
         sandbox = self._manager.find(parse(SandboxRef, body).sandbox_id)

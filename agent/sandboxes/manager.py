@@ -141,8 +141,9 @@ class Manager:
         )
 
     def drain(self) -> None:
-        """Take no new sandboxes."""
+        """Take no new sandboxes, and let watchers go."""
         self._draining = True
+        self.changed()
 
     def changed(self) -> None:
         """The listing is different now."""
@@ -150,11 +151,11 @@ class Manager:
         self._changed.set()
         self._changed = trio.Event()
 
-    async def wait_changed(self, version: int) -> int:
-        """The version now, as soon as it is not `version`."""
-        while self.version == version:
+    async def wait_changed(self, version: int) -> int | None:
+        """The version now, as soon as it is not `version`; None when there is nothing more to wait for."""
+        while self.version == version and not self._draining:
             await self._changed.wait()
-        return self.version
+        return None if self._draining else self.version
 
     def statistics(self) -> dict[str, int]:
         """Sandboxes by status."""
