@@ -1,0 +1,163 @@
+"""The sanitized daemon against frames made to hurt it. It may close connections; it may not crash or grow."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from contextlib import suppress
+
+import msgspec
+import pytest
+
+from agent.wire.codec import encode
+from agent.wire.messages import Cancel, Credit, Data, End, Goaway, Hello, Open, Ping
+
+SECONDS = 12.0
+"""Bound of the whole run; a seed reproduces it up to the machine's speed."""
+SEED = 20250607
+
+METHODS = [
+    "configure",
+    "info",
+    "sync",
+    "exec",
+    "processes.list",
+    "processes.signal",
+    "files.read",
+    "files.write",
+    "files.list",
+    "files.stat",
+    "files.mkdir",
+    "files.remove",
+    "no.such",
+]
+
+
+class Fuzz:
+    """Valid conversations, then damage."""
+
+    def __init__(self, rng, root):
+        self.rng = rng
+        self.root = root
+
+    def value(self, depth=0):
+        rng = self.rng
+        kind = rng.randrange(8 if depth < 4 else 6)
+        if kind == 0:
+            return rng.choice([0, 1, -1, 2**31, 2**63, -(2**63), rng.randrange(2**32)])
+        if kind == 1:
+            return rng.choice([True, False, None, 1.5])
+        if kind in {2, 3}:
+            return rng.choice(["", "/", self.root, f"{self.root}/x", "..", "é" * rng.randrange(99), "a\0b", "nobody"])
+        if kind in {4, 5}:
+            return rng.randbytes(rng.randrange(100))
+        if kind == 6:
+            return [self.value(depth + 1) for _ in range(rng.randrange(4))]
+        return {rng.choice(["a", "path", "PATH", "", "x=y"]): self.value(depth + 1) for _ in range(rng.randrange(4))}
+
+    def body(self):
+        """Often sensible, so that deep code is reached too. Never a path outside `root` that could be removed."""
+        rng = self.rng
+        body = {}
+        for key in ("args", "envs", "cwd", "user", "stdin", "timeout_ms", "background", "tag", "offset", "length"):
+            if rng.random() < 0.15:
+                body[key] = self.value()
+        for key in ("size", "mode", "depth", "signal", "hostname", "dns", "entropy", "time_ns", "process"):
+            if rng.random() < 0.1:
+                body[key] = self.value()
+        if rng.random() < 0.9:
+            body["path"] = f"{self.root}/{rng.choice('abc')}" + rng.choice(["", "/d", "/d/e", "/.", "//f"])
+        if rng.random() < 0.9:
+            body["cmd"] = rng.choice(["true", "echo hello", "cat", "head -c 100000 /dev/zero", "exec 1>&-; cat"])
+        if rng.random() < 0.5:
+            body["stdin"] = rng.random() < 0.7
+        return body
+
+    def conversation(self):
+        rng = self.rng
+        frames = [Hello(1, [], rng.choice([0, 100, 262144]), 0)]
+        stream = 0
+        for _ in range(rng.randrange(1, 12)):
+            kind = rng.randrange(8)
+            if kind < 4 or stream == 0:
+                stream += rng.choice([1, 1, 1, 5])
+                frames.append(Open(stream, rng.choice(METHODS), self.body(), rng.choice([0, 0, 1, 200])))
+                continue
+            target = rng.randint(max(1, stream - 2), stream)
+            frames.append(
+                rng.choice(
+                    [
+                        Data(target, rng.choice([0, 0, 0, 1, 255]), rng.randbytes(rng.choice([1, 50, 65536]))),
+                        End(target),
+                        Credit(target, rng.choice([1, 1000, 1 << 20])),
+                        Cancel(target),
+                        Ping(rng.randrange(2**32)),
+                        Goaway("why", "because"),
+                    ]
+                )
+            )
+        return frames
+
+    def damaged(self, data):
+        rng = self.rng
+        out = bytearray(data)
+        for _ in range(rng.choice([0, 0, 1, 1, 2, 8])):
+            if not out:
+                break
+            at = rng.randrange(len(out))
+            match rng.randrange(4):
+                case 0:
+                    out[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    out[at] = rng.choice([0, 0x7F, 0x80, 0xC1, 0xC7, 0xDB, 0xDD, 0xDF, 0xFF])
+                case 2:
+                    del out[at : at + rng.randrange(1, 9)]
+                case 3:
+                    out[at:at] = rng.randbytes(rng.randrange(1, 9))
+        return bytes(out)
+
+    def reframed(self, data):
+        """Damage inside a frame whose length is right: what reaches the decoder's depths."""
+        payload = self.damaged(data[4:]) or b"\xc0"
+        return len(payload).to_bytes(4, "big") + payload
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="exec as root is the default, which needs root")
+def test_nothing_an_opener_sends_crashes_the_daemon(sanitized_binary, start_guest, until, tmp_path):
+    """Random and mutated conversations under ASAN and UBSAN; afterwards the daemon serves, with nothing left over."""
+    guest = start_guest(binary=sanitized_binary)
+    fuzz = Fuzz(random.Random(SEED), str(tmp_path))  # noqa: S311 - reproducible, not secret
+    end = time.monotonic() + SECONDS
+    rounds = 0
+    baseline = guest.descriptors()
+    while time.monotonic() < end and rounds < 3000:
+        rounds += 1
+        client = guest.connect(greet=False)
+        frames = [bytes(encode(frame)) for frame in fuzz.conversation()]
+        mode = rounds % 4
+        if mode == 1:
+            frames = [frames[0], *[fuzz.reframed(frame) for frame in frames[1:]]]
+        elif mode == 2:
+            frames = [fuzz.damaged(b"".join(frames))]
+        elif mode == 3:
+            at = fuzz.rng.randrange(len(frames))
+            frames[at] = msgspec.msgpack.encode(fuzz.value())
+            frames[at] = len(frames[at]).to_bytes(4, "big") + frames[at]
+        with suppress(ConnectionError, TimeoutError, EOFError):
+            client.sock.settimeout(0.5)
+            client.sock.sendall(b"".join(frames))
+            if rounds % 7 == 0:
+                client.next_frame(timeout=0.05)
+        client.close()
+        guest._clients.clear()
+        assert guest.process.poll() is None
+    assert rounds > 100
+    client = guest.connect()
+    for entry in client.call("processes.list").reply["processes"]:
+        client.call("processes.signal", {"process": entry["pid"], "signal": 9})
+    assert client.call("info").reply
+    client.close()
+    until(lambda: guest.children() == {}, "no children")
+    until(lambda: guest.descriptors() == baseline, "no descriptors")
+    until(lambda: not list(tmp_path.rglob(".capsule-*")), "no temporary files")
