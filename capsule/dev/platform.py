@@ -215,7 +215,6 @@ def _environment(data: Path) -> dict[str, str]:
     """What the programs get: ours over `.env`, over what `capsule dev` decides."""
     decided = {
         "CAPSULE_AGENT_STATE": str(data / "agent"),
-        "CAPSULE_AGENT_IMAGES": str(data / "images"),
         "PYTHONUNBUFFERED": "1",
     }
     return {**decided, **files.read_secrets(data), **environment(Path(".env"))}
