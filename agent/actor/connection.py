@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from agent.wire.faults import RemoteProtocolError
+from agent.wire import limits
+from agent.wire.faults import Fault, FaultCode, RemoteProtocolError
 
 if TYPE_CHECKING:
     from agent.wire.link import Link
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 HIGH_WATER_BYTES = 512 * 1024
 """Queued output above which senders of DATA and answers wait for the writer."""
+
+READ_BYTES = 64 * 1024
+"""Input handled in one step: even all of it in the smallest frames does not hold the loop for long."""
 
 OUTPUT_LIMIT_BYTES = 32 * 1024 * 1024
 """Queued output (small frames are never held back) at which a peer that does not read is dropped."""
@@ -41,7 +45,10 @@ class Connection(abc.ABC):
         self._scope = trio.CancelScope()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Run the connection to its end; `started()` once both sides have said HELLO."""
+        """Run the connection to its end; `started()` once both sides have said HELLO.
+
+        Raises Fault `unavailable` only to `nursery.start`: when the connection ended before that.
+        """
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -57,6 +64,8 @@ class Connection(abc.ABC):
             self._room.unpark_all()
             self._idle.unpark_all()
             await trio.aclose_forcefully(self._stream)
+        if not self._ready.is_set() and task_status is not trio.TASK_STATUS_IGNORED:
+            raise lost(self.reason)
 
     async def _serve_until_closed(self, task_status: trio.TaskStatus[None]) -> None:
         """Announce readiness; subclasses that own handler tasks open their nursery here."""
@@ -98,7 +107,8 @@ class Connection(abc.ABC):
     async def _read(self) -> None:
         try:
             while True:
-                data = await self._stream.receive_some()
+                data = await self._stream.receive_some(READ_BYTES)
+                await trio.lowlevel.checkpoint_if_cancelled()  # whoever would handle the frames may be gone by now
                 if not data:
                     return self.close("the peer closed the connection")
                 for frame in self.link.receive_data(data, trio.current_time()):
@@ -130,9 +140,15 @@ class Connection(abc.ABC):
     async def _keep_time(self) -> None:
         try:
             while True:
-                await trio.sleep_until(self.link.next_timer())
+                # A PONG brings the timer forward again, so look at it at least this often.
+                await trio.sleep_until(min(self.link.next_timer(), trio.current_time() + limits.PING_INTERVAL))
                 self.link.handle_timer(trio.current_time())
                 if self.link.bytes_to_send:
                     self._flush()
         except RemoteProtocolError as err:
             self.close(str(err))
+
+
+def lost(reason: str) -> Fault:
+    """The fault for everything that waits on a connection that is gone."""
+    return Fault(FaultCode.UNAVAILABLE, f"the connection was lost ({reason})", retryable=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -16,22 +17,38 @@ GRANT_AT_BYTES = INITIAL_CREDIT // 4
 """Consumed bytes that are worth a CREDIT frame."""
 
 
-class Inbox:
-    """Chunks of one stream. Bounded by the credit that the link enforces."""
+_SMALL_BYTES = 512
+"""Chunks below this are packed behind each other: as objects of their own they cost a hundred bytes each, and a
+hostile peer may spend its whole credit on chunks of one byte."""
 
-    __slots__ = ("_chunks", "_consumed", "_link", "_stream", "_waiting", "finished")
+_PACK_BYTES = 64 * 1024
+_RECORD = struct.Struct(">BH")
+
+
+class Inbox:
+    """Chunks of one stream. Bounded by the credit that the link enforces: at most four bytes held for each of it."""
+
+    __slots__ = ("_chunks", "_consumed", "_link", "_offset", "_stream", "_waiting", "finished")
 
     def __init__(self, link: Link, stream: int) -> None:
         self.finished = False
         self._link = link
         self._stream = stream
-        self._chunks: deque[tuple[int, bytes]] = deque()
+        self._chunks: deque[tuple[int, bytes] | bytearray] = deque()
+        self._offset = 0
         self._consumed = 0
         self._waiting: trio.Event | None = None
 
     def put(self, channel: int, data: bytes) -> None:
         """A chunk arrived."""
-        self._chunks.append((channel, data))
+        if len(data) >= _SMALL_BYTES:
+            self._chunks.append((channel, data))
+        else:
+            pack = self._chunks[-1] if self._chunks else None
+            if not isinstance(pack, bytearray) or len(pack) >= _PACK_BYTES:
+                pack = bytearray()
+                self._chunks.append(pack)
+            pack += _RECORD.pack(channel, len(data)) + data
         self._wake()
 
     def finish(self) -> None:
@@ -45,13 +62,28 @@ class Inbox:
 
     async def get(self) -> tuple[int, bytes] | None:
         """The next chunk as (channel, bytes), None after the last. One reader at a time."""
+        await trio.lowlevel.checkpoint()
         while not self._chunks:
             if self.finished:
                 return None
             self._waiting = trio.Event()
             await self._waiting.wait()
-        channel, data = self._chunks.popleft()
-        self._consumed += len(data)
+        chunk = self._take()
+        self._consumed += len(chunk[1])
+        return chunk
+
+    def _take(self) -> tuple[int, bytes]:
+        head = self._chunks[0]
+        if not isinstance(head, bytearray):
+            self._chunks.popleft()
+            return head
+        channel, length = _RECORD.unpack_from(head, self._offset)
+        begin = self._offset + _RECORD.size
+        self._offset = begin + length
+        data = bytes(head[begin : self._offset])
+        if self._offset == len(head):
+            self._chunks.popleft()
+            self._offset = 0
         return channel, data
 
     def grant_due(self) -> bool:

@@ -83,6 +83,7 @@ class Mailbox(Generic[M]):
         self._capacity = capacity
         self._messages: deque[M] = deque()
         self._stop: M | None = None
+        self._stop_seen = False
         self._closed = False
         self._wanted = trio.Event()
         self._received = 0
@@ -98,8 +99,11 @@ class Mailbox(Generic[M]):
         self._wanted.set()
 
     def stop_nowait(self, message: M) -> bool:
-        """Ask the actor to stop, ahead of everything; False when it was asked before (that request stands)."""
-        if self._stop is not None:
+        """Ask the actor to stop, ahead of everything.
+
+        False when it was asked before (that request stands) or has closed its mailbox: `message` is then not read.
+        """
+        if self._closed or self._stop is not None:
             return False
         self._stop = message
         self.stop_requested.set()
@@ -108,8 +112,10 @@ class Mailbox(Generic[M]):
 
     async def receive(self) -> M:
         """The stop request if there is one, else the oldest message, else wait. Only the actor calls this."""
+        await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             if self._stop is not None:
+                self._stop_seen = True
                 return self._stop
             if self._messages:
                 self._received += 1
@@ -118,9 +124,11 @@ class Mailbox(Generic[M]):
             await self._wanted.wait()
 
     def close(self) -> list[M]:
-        """Refuse everything from now on; returns the messages nobody will read."""
-        self._closed = True
+        """Refuse everything from now on; returns what nobody will read, a stop request not yet received first."""
         left = list(self._messages)
+        if self._stop is not None and not self._stop_seen and not self._closed:
+            left.insert(0, self._stop)
+        self._closed = True
         self._messages.clear()
         return left
 

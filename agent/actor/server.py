@@ -16,7 +16,7 @@ import trio
 from agent.actor.connection import Connection
 from agent.actor.inbox import Inbox
 from agent.wire import limits
-from agent.wire.faults import Fault, FaultCode, LocalProtocolError
+from agent.wire.faults import Fault, FaultCode, FrameTooLargeError, LocalProtocolError
 from agent.wire.link import Link, Role
 from agent.wire.messages import Cancel, Credit, Data, End, Failure, Frame, Open
 
@@ -70,34 +70,40 @@ class ServerPeer(Connection):
                 self._streams[number].cancel()
 
     async def _answer(self, stream: ServedStream, request: Open) -> None:
-        reply: dict[str, Any] = {}
-        fault: Fault | None = None
-        with stream.scope:
-            try:
-                if self._draining:
-                    raise Fault(FaultCode.DRAINING, "this host is shutting down", retryable=True)  # noqa: TRY301
-                reply = await self._handler(request.method, request.body, stream)
-            except Fault as err:
-                fault = err
-            except Exception:
-                log.exception("handler_failed", method=request.method)
-                fault = Fault(FaultCode.INTERNAL, "internal error; the host's log has the details")
-        if stream.scope.cancelled_caught:
-            fault = stream.why_cancelled(request.method)
+        if self._draining:
+            answer: dict[str, Any] | Fault = Fault(FaultCode.DRAINING, "this host is shutting down", retryable=True)
+        else:
+            answer = await self._run_handler(stream, request)
         await self._wait_for_room()
-        self._finish(stream, reply, fault)
-
-    def _finish(self, stream: ServedStream, reply: dict[str, Any], fault: Fault | None) -> None:
         try:
-            if fault is None:
-                self.link.reply(stream.number, reply)
+            self._send_last(stream.number, answer)
         except LocalProtocolError as err:
-            fault = Fault(FaultCode.TOO_LARGE, f"the answer does not fit: {err}")
-        if fault is not None:
-            self.link.fail(_as_frame(stream.number, fault))
+            log.exception("answer_refused", method=request.method)
+            code = FaultCode.TOO_LARGE if isinstance(err, FrameTooLargeError) else FaultCode.INTERNAL
+            self._send_last(stream.number, Fault(code, "the answer cannot be sent; the host's log has the details"))
         del self._streams[stream.number]
         self._answered.unpark_all()
         self._flush()
+
+    async def _run_handler(self, stream: ServedStream, request: Open) -> dict[str, Any] | Fault:
+        """The handler's answer. Whatever it raises is its own call's failure; only our cancellation goes further."""
+        fault = Fault(FaultCode.INTERNAL, "internal error; the host's log has the details")
+        try:
+            try:
+                with stream.scope:
+                    return await self._handler(request.method, request.body, stream)
+            except Fault as err:
+                return err
+        except* Exception as bugs:  # a group may mix a bug with a cancellation that is not the stream's
+            log.exception("handler_failed", method=request.method, exc_info=bugs)
+        return stream.why_cancelled(request.method) if stream.scope.cancelled_caught else fault
+
+    def _send_last(self, number: int, answer: dict[str, Any] | Fault) -> None:
+        if isinstance(answer, Fault):
+            message = answer.message.encode(errors="replace").decode()[:4096]  # a path in it need not be UTF-8
+            self.link.fail(Failure(number, answer.code, message, answer.retryable, answer.details))
+        else:
+            self.link.reply(number, answer)
 
     def _on_closed(self) -> None:
         for stream in self._streams.values():
@@ -121,6 +127,7 @@ class ServedStream:
 
     async def send(self, data: bytes | memoryview, channel: int = 0) -> None:
         """Send bytes, waiting for the opener's credit."""
+        await trio.lowlevel.checkpoint()
         view = memoryview(data)
         while view:
             await self._peer._wait_for_room()  # noqa: SLF001
@@ -161,7 +168,3 @@ class ServedStream:
         if self._cancelled:
             return Fault(FaultCode.CANCELLED, f"{method} was cancelled by its caller")
         return Fault(FaultCode.DEADLINE_EXCEEDED, f"{method} did not finish in time", retryable=True)
-
-
-def _as_frame(stream: int, fault: Fault) -> Failure:
-    return Failure(stream, fault.code, fault.message[:4096], fault.retryable, fault.details)

@@ -136,7 +136,10 @@ async def serve_tls(
             stream = await _secure(plain, context, server_side=True)
         except trio.BrokenResourceError:
             return
-        await handler(stream)
+        try:
+            await handler(stream)
+        finally:
+            await trio.aclose_forcefully(stream)
 
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=1024)
     async with trio.open_nursery() as nursery:
@@ -145,10 +148,14 @@ async def serve_tls(
 
 
 async def _secure(plain: trio.SocketStream, context: ssl.SSLContext, *, server_side: bool) -> TlsStream:
-    plain.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     raw = socket.socket(fileno=plain.socket.detach())
-    raw.setblocking(False)
-    stream = TlsStream(context.wrap_socket(raw, server_side=server_side, do_handshake_on_connect=False))
+    try:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        raw.setblocking(False)
+        stream = TlsStream(context.wrap_socket(raw, server_side=server_side, do_handshake_on_connect=False))
+    except _LOST as err:  # the peer may be gone already, or have sent something before its hello
+        raw.close()
+        raise trio.BrokenResourceError(f"TLS cannot start: {err}") from err
     try:
         await stream.handshake()
     except BaseException:
