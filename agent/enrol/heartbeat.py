@@ -38,6 +38,10 @@ MISSES_ALLOWED = 3
 BEAT_BACKOFF = RestartPolicy(first_delay=1.0, max_delay=INTERVAL)
 RENEW_BACKOFF = RestartPolicy(first_delay=1.0, max_delay=60.0)
 
+RENEW_PAUSE = 30.0
+"""Seconds between a renewal and the next, whatever clocks and answers say: a control plane that gives out tokens which
+it then refuses, or a clock that is set, must not make us hammer it."""
+
 CLOCK_CHECK = 3600.0
 """Longest sleep towards the half-life: the wall clock may be set, the machine suspended."""
 
@@ -134,6 +138,7 @@ class Heartbeat:
             while not await self._renew_once():
                 failures += 1
                 await trio.sleep(self._spread(RENEW_BACKOFF.delay(failures)))
+            await trio.sleep(RENEW_PAUSE)
 
     async def _renewal_due(self) -> None:
         """Wait for the half-life of the token, or for its refusal."""

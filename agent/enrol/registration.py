@@ -86,7 +86,7 @@ class ControlPlane:
     ) -> None:
         self.url = url.rstrip("/")
         self._wall = wall
-        # No compression: it would let a small answer grow large. _post bounds the time of a whole call.
+        # No compression: it lets a small answer grow large. _post bounds the time of a whole call.
         identity = {"Accept-Encoding": "identity"}
         self._http = httpx.AsyncClient(transport=transport, timeout=None, headers=identity)  # noqa: S113
 
@@ -162,11 +162,16 @@ class ControlPlane:
 
 
 async def _bounded(response: httpx.Response) -> bytes:
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise ControlPlaneUnreachable(f"{response.url.host} sent a compressed answer, which nobody asked for")
     content = b""
-    async for chunk in response.aiter_raw():
-        content += chunk
-        if len(content) > MAX_ANSWER_BYTES:
-            raise ControlPlaneUnreachable(f"{response.url.host} sent an answer that is no control plane's")
+    with trio.CancelScope() as too_long:  # leaving the loop instead would leave httpx's nested generators open
+        async for chunk in response.aiter_bytes():
+            content += chunk
+            if len(content) > MAX_ANSWER_BYTES:
+                too_long.cancel()
+    if too_long.cancelled_caught:
+        raise ControlPlaneUnreachable(f"{response.url.host} sent an answer that is no control plane's")
     return content
 
 
