@@ -80,7 +80,7 @@ class QemuVm(Vm):
         self._output = output
         self._console = b""
         self._control = trio.Lock()
-        self._watching_guest = False
+        self._watch = trio.Lock()
         self._ending: str | None = None
 
     @property
@@ -116,8 +116,7 @@ class QemuVm(Vm):
     async def wait_exit(self) -> str:
         """See Vm. Does not rely on QEMU answering: that only adds the guest's own reasons."""
         async with trio.open_nursery() as nursery:
-            if not self._watching_guest:
-                nursery.start_soon(self._watch_guest)
+            nursery.start_soon(self._watch_guest)
             nursery.start_soon(self._limit_log)
             ended = await self._process.wait()
             nursery.cancel_scope.cancel()
@@ -161,16 +160,13 @@ class QemuVm(Vm):
 
     async def _watch_guest(self) -> None:
         """End QEMU when its guest has ended. Tried for as long as QEMU lives: it may be too busy to answer."""
-        self._watching_guest = True
-        try:
+        async with self._watch:  # of many waiters one; the next takes over if it gives up
             while True:
                 try:
                     await self._wait_guest_end()
                 except QmpError as error:
                     log.debug("guest_watch_failed", sandbox_id=self._sandbox_id, error=str(error))
                 await trio.sleep(WATCH_RETRY)
-        finally:
-            self._watching_guest = False
 
     async def _wait_guest_end(self) -> None:
         async with qmp.connect(self._directory, EVENTS_SOCKET, timeout=QMP_TIMEOUT) as client:

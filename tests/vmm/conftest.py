@@ -22,6 +22,7 @@ from agent.images.store import ImageStore
 from agent.vmm.cgroup import CgroupTree
 from agent.vmm.driver import VmSpec
 from agent.vmm.fake import FakeVmDriver
+from agent.vmm.process import processes
 from agent.vmm.qemu import QemuDriver, detect_qemu
 
 IMAGES = Path(os.environ.get("CAPSULE_AGENT_IMAGES", "/var/lib/capsule/images"))
@@ -184,6 +185,10 @@ def root():
     with tempfile.TemporaryDirectory(prefix="capsule-vmm-") as name:
         Path(name).chmod(0o711)
         yield Path(name)
+        # Also after a test that was ended by its time-out, when nothing asynchronous can clean up any more.
+        for found in processes():
+            if found.directory.is_relative_to(name):
+                os.kill(found.identity.pid, signal.SIGKILL)
 
 
 @pytest.fixture

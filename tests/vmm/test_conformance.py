@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import trio
+import trio.testing
 
 from agent.vmm.driver import MAX_CONSOLE_BYTES, VmStartFailed
 

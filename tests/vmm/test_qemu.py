@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
+import trio.testing
 
 from agent.vmm import qemu_vm
 from agent.vmm.driver import MAX_CONSOLE_BYTES, VmProcess, VmStartFailed
@@ -27,8 +28,10 @@ async def console_has(vm, text):
     for _ in range(300):
         if text in (console := await vm.console_tail()):
             return console
+        if vm.statistics() is None:
+            raise AssertionError(f"{await vm.wait_exit()}, and no {text!r} in {console!r}")
         await trio.sleep(0.1)
-    raise AssertionError(f"no {text!r} in {console!r}")
+    raise AssertionError(f"no {text!r} in {console!r}; {vm.statistics()}")
 
 
 def descriptors(process):
@@ -56,6 +59,24 @@ async def test_the_guests_own_end_is_noticed_and_explained(qemu, mode, reason):
     assert (await vm.wait_exit()).startswith(reason)
     assert qemu.driver.find_orphans(qemu.root) == {}
     assert f"init runs: {mode}" in await vm.console_tail()
+
+
+async def test_the_guests_end_is_noticed_when_the_first_waiter_has_gone(qemu):
+    """One waiter at a time talks to QEMU; when it is cancelled, another must."""
+    vm = await qemu.driver.boot(qemu.spec(mode="poweroff"))
+    first = trio.CancelScope()
+
+    async def give_up():
+        with first:
+            await vm.wait_exit()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(give_up)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(vm.wait_exit)
+        await trio.testing.wait_all_tasks_blocked()
+        first.cancel()
+    assert (await vm.wait_exit()).startswith("the guest powered off")
 
 
 async def test_an_end_that_no_agent_saw_is_noticed_on_adoption(qemu):
@@ -143,10 +164,15 @@ def allocated(directory):
     return sum(path.lstat().st_blocks for path in directory.rglob("*"))
 
 
-async def test_a_vm_runs_without_privileges(qemu):
+async def test_a_vm_runs_without_privileges(qemu, monkeypatch):
     """Its own user, no groups, no way back up, QEMU's system call filter on, no core dumps, none of our environment."""
-    os.environ["CAPSULE_TEST_SECRET"] = "s3cret"
-    vm = await qemu.driver.boot(qemu.spec(mode="poweroff"))
+    monkeypatch.setenv("CAPSULE_TEST_SECRET", "s3cret")
+    before = os.getgroups()
+    os.setgroups([4, 27])
+    try:
+        vm = await qemu.driver.boot(qemu.spec(mode="poweroff"))
+    finally:
+        os.setgroups(before)
     fields = status(vm.process)
     assert fields["Uid"].split() == fields["Gid"].split() == ["64321"] * 4
     assert (fields["Groups"], fields["NoNewPrivs"], fields["Seccomp"]) == ("", "1", "2")
