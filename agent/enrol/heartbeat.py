@@ -18,6 +18,7 @@ import trio
 
 from agent.actor.supervise import RestartPolicy
 from agent.enrol.errors import ControlPlaneRefused, ControlPlaneUnreachable, CredentialsInvalid
+from agent.enrol.identity import check_identity
 from agent.enrol.presence import Presence, PresenceCell
 
 if TYPE_CHECKING:
@@ -177,10 +178,11 @@ class Heartbeat:
         """The operator may have registered this host afresh meanwhile."""
         try:
             stored = await self._file.load()
+            if stored is None or stored.refresh_token == self._credentials.refresh_token:
+                return False
+            check_identity(stored)
         except CredentialsInvalid as err:
             log.warning("credentials_unreadable", reason=str(err))
-            return False
-        if stored is None or stored.refresh_token == self._credentials.refresh_token:
             return False
         self._adopt(stored)
         return True

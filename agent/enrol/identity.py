@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
@@ -52,18 +53,31 @@ def server_ssl_context(credentials: Credentials) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.verify_mode = ssl.CERT_REQUIRED
     context.num_tickets = 0
-    context.load_verify_locations(cadata=credentials.ca_cert_pem)
     install_certificate(context, credentials)
     return context
 
 
 def install_certificate(context: ssl.SSLContext, credentials: Credentials) -> None:
-    """Serve with a renewed certificate from the next handshake on; connections that are open go on."""
+    """Serve with renewed credentials from the next handshake on; connections that are open go on.
+
+    After a registration with another fleet the old fleet's CA stays trusted until the next start.
+    """
+    check_identity(credentials)
+    context.load_verify_locations(cadata=credentials.ca_cert_pem)
+    with _as_file(credentials.cert_pem + credentials.key_pem) as path:
+        context.load_cert_chain(path)
+
+
+def check_identity(credentials: Credentials) -> None:
+    """CredentialsInvalid unless key, certificate and CA certificate can be read and belong together."""
     try:
-        with _as_file(credentials.cert_pem + credentials.key_pem) as path:
-            context.load_cert_chain(path)
-    except ssl.SSLError as err:
-        raise CredentialsInvalid(f"this host's certificate does not fit its key ({err.reason})") from err
+        key = load_pem_private_key(credentials.key_pem.encode(), None)
+        certificate = x509.load_pem_x509_certificate(credentials.cert_pem.encode())
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(credentials.ca_cert_pem.encode()))
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm) as err:
+        raise CredentialsInvalid("this host's key or certificates are damaged, or of different fleets") from err
+    if key.public_key() != certificate.public_key():
+        raise CredentialsInvalid("this host's certificate is not for its key")
 
 
 def is_control_plane(certificate: bytes) -> bool:

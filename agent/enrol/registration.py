@@ -12,8 +12,8 @@ import msgspec
 import trio
 
 from agent.enrol.credentials import Credentials
-from agent.enrol.errors import ControlPlaneRefused, ControlPlaneUnreachable
-from agent.enrol.identity import certificate_request, new_key
+from agent.enrol.errors import ControlPlaneRefused, ControlPlaneUnreachable, CredentialsInvalid
+from agent.enrol.identity import certificate_request, check_identity, new_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,8 +113,6 @@ class ControlPlane:
             "csr_pem": certificate_request(key_pem),
         }
         answer = _decoded(await self._post("/v1/hosts/register", body))
-        if not answer.cert_pem or not answer.ca_cert_pem:
-            raise ControlPlaneUnreachable(f"{self.url} answered a registration without certificates")
         return self._credentials(answer, key_pem=key_pem)
 
     async def refresh(self, old: Credentials) -> Credentials:
@@ -132,7 +130,7 @@ class ControlPlane:
         await self._post(f"/v1/hosts/{credentials.host_id}/heartbeat", None, headers=headers)
 
     def _credentials(self, answer: _Enrolled, *, key_pem: str, old: Credentials | None = None) -> Credentials:
-        return Credentials(
+        credentials = Credentials(
             url=self.url,
             host_id=answer.host.id,
             token=answer.token,
@@ -143,6 +141,11 @@ class ControlPlane:
             cert_pem=answer.cert_pem or (old.cert_pem if old else ""),
             ca_cert_pem=answer.ca_cert_pem or (old.ca_cert_pem if old else ""),
         )
+        try:
+            check_identity(credentials)
+        except CredentialsInvalid as err:
+            raise ControlPlaneUnreachable(f"{self.url} answered with unusable certificates: {err}") from err
+        return credentials
 
     async def _post(self, path: str, body: dict[str, Any] | None, *, headers: dict[str, str] | None = None) -> bytes:
         """The body of a 2xx answer."""

@@ -207,6 +207,19 @@ async def test_a_host_that_was_registered_anew_meanwhile_goes_on_without_a_resta
     assert world.renewed == [world.file.stored]
 
 
+async def test_a_file_that_cannot_be_used_is_not_adopted(world, autojump_clock):
+    """Half a `join`, or credentials of two fleets mixed up: wait for better ones, serve on with the old."""
+    heartbeat = await world.start()
+    world.control_plane.good_tokens = {"token-9"}
+    world.control_plane.refresh_error = NO
+    await heartbeat.presence.wait_for("refused")
+    world.file.stored = msgspec.structs.replace(
+        world.credentials, token="token-9", refresh_token="refresh-9", cert_pem="nonsense"
+    )
+    await trio.sleep(300)
+    assert (heartbeat.presence.value.state, world.renewed) == ("refused", [])
+
+
 async def test_a_network_error_while_refreshing_is_no_refusal(world, autojump_clock):
     """Tried again with growing pauses until it works; heartbeats go on meanwhile, and nothing is lost."""
     await world.start()

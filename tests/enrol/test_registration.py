@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent.enrol.errors import ControlPlaneRefused, ControlPlaneUnreachable, CredentialsInvalid
 from agent.enrol.identity import certificate_request
 from agent.enrol.registration import CALL_TIMEOUT, MAX_ANSWER_BYTES, Capacity, ControlPlane
+from capsule.hosts.ca import CertificateAuthority
 
 CAPACITY = Capacity(arch="x86_64", cpu_cores=4, memory_mb=8192, disk_gb=100)
 URL = "http://127.0.0.1:8080/"
@@ -23,23 +24,29 @@ def speaking_to(handler, *, wall=lambda: 5000.0):
 
 
 @pytest.fixture
-def answer(make_token):
-    return {
-        "host": {"id": HOST, "status": "online"},
-        "token": make_token(3600),
-        "refresh_token": "hrt-1",
-        "cert_pem": "cert-1",
-        "ca_cert_pem": "ca-1",
-    }
+def answer(make_token, issue, authority):
+    """What a control plane answers to a request, with some of it changed."""
+
+    def make(request, **changes):
+        body = {
+            "host": {"id": HOST, "status": "online"},
+            "token": make_token(3600),
+            "refresh_token": "hrt-1",
+            "cert_pem": issue(json.loads(request.content)["csr_pem"]),
+            "ca_cert_pem": authority.cert_pem,
+        }
+        return httpx.Response(201, json={**body, **changes})
+
+    return make
 
 
-async def test_register_sends_what_the_contract_says_and_keeps_the_key(answer):
+async def test_register_sends_what_the_contract_says_and_keeps_the_key(answer, authority):
     """The private key stays here; the request is signed with it."""
     seen = {}
 
-    async def handle(request):
+    def handle(request):
         seen.update(json.loads(request.content), path=request.url.path)
-        return httpx.Response(201, json=answer)
+        return answer(request)
 
     async with speaking_to(handle) as control_plane:
         got = await control_plane.register("htok-1", "192.0.2.7:7443", CAPACITY)
@@ -55,16 +62,17 @@ async def test_register_sends_what_the_contract_says_and_keeps_the_key(answer):
         "memory_mb": 8192,
         "disk_gb": 100,
     }
-    assert (got.url, got.host_id, got.cert_pem, got.ca_cert_pem) == (URL.rstrip("/"), HOST, "cert-1", "ca-1")
+    assert (got.url, got.host_id, got.ca_cert_pem) == (URL.rstrip("/"), HOST, authority.cert_pem)
+    assert x509.load_pem_x509_certificate(got.cert_pem.encode()).public_key() == csr.public_key()
     assert (got.token_received_at, got.token_lifetime, got.refresh_due_at) == (5000.0, 3600.0, 6800.0)
 
 
 async def test_refresh_asks_with_the_same_key_and_keeps_what_was_not_renewed(answer, credentials):
     requests = []
 
-    async def handle(request):
+    def handle(request):
         requests.append(json.loads(request.content))
-        return httpx.Response(200, json={**answer, "cert_pem": ""})
+        return answer(request, cert_pem="")
 
     async with speaking_to(handle) as control_plane:
         got = await control_plane.refresh(credentials)
@@ -72,13 +80,13 @@ async def test_refresh_asks_with_the_same_key_and_keeps_what_was_not_renewed(ans
     keys = {x509.load_pem_x509_csr(each["csr_pem"].encode()).public_key().public_numbers() for each in requests}
     assert len(keys) == 1
     assert [each["refresh_token"] for each in requests] == ["refresh-0", "refresh-0"]
-    assert (got.refresh_token, got.cert_pem, got.key_pem) == ("hrt-1", "cert", credentials.key_pem)
+    assert (got.refresh_token, got.cert_pem, got.key_pem) == ("hrt-1", credentials.cert_pem, credentials.key_pem)
 
 
 async def test_heartbeat_carries_the_token(credentials):
     seen = []
 
-    async def handle(request):
+    def handle(request):
         seen.append((request.url.path, request.headers["X-Host-Token"]))
         return httpx.Response(204)
 
@@ -91,7 +99,7 @@ async def test_heartbeat_carries_the_token(credentials):
     ("status", "credential"), [(401, True), (403, True), (404, True), (400, False), (409, False), (422, False)]
 )
 async def test_a_no_is_a_refusal_in_the_control_planes_words(credentials, status, credential):
-    async def handle(_):
+    def handle(_):
         return httpx.Response(status, json={"error": {"code": "some_code", "message": "do this"}})
 
     async with speaking_to(handle) as control_plane:
@@ -105,7 +113,7 @@ async def test_a_no_is_a_refusal_in_the_control_planes_words(credentials, status
 async def test_anything_else_is_no_refusal(credentials, status):
     """A proxy in the way or an overloaded server must never look like a deleted host."""
 
-    async def handle(_):
+    def handle(_):
         return httpx.Response(status, headers={"Location": "http://192.0.2.1/"}, text="<html>")
 
     async with speaking_to(handle) as control_plane:
@@ -118,7 +126,7 @@ async def test_anything_else_is_no_refusal(credentials, status):
     [httpx.ConnectError("no route"), httpx.ReadError(""), httpx.RemoteProtocolError("x"), httpx.InvalidURL("x")],
 )
 async def test_network_errors_are_no_refusal(credentials, error):
-    async def handle(_):
+    def handle(_):
         raise error
 
     async with speaking_to(handle) as control_plane:
@@ -134,7 +142,7 @@ async def test_a_call_ends_after_its_time_whatever_the_peer_does(credentials, au
             await trio.sleep(1)
             yield b"x"
 
-    async def handle(_):
+    def handle(_):
         return httpx.Response(200, content=trickle())
 
     async with speaking_to(handle) as control_plane:
@@ -146,7 +154,7 @@ async def test_a_call_ends_after_its_time_whatever_the_peer_does(credentials, au
 async def test_a_compressed_answer_is_not_unpacked(credentials):
     """A few kilobytes could be gigabytes."""
 
-    async def handle(_):
+    def handle(_):
         return httpx.Response(200, headers={"Content-Encoding": "gzip"}, content=gzip.compress(b"{}"))
 
     async with speaking_to(handle) as control_plane:
@@ -164,7 +172,7 @@ async def test_an_endless_answer_is_cut_off(credentials):
             await trio.lowlevel.checkpoint()
             yield b"x" * 65536
 
-    async def handle(_):
+    def handle(_):
         return httpx.Response(200, content=flood())
 
     async with speaking_to(handle) as control_plane:
@@ -183,21 +191,35 @@ async def test_an_endless_answer_is_cut_off(credentials):
         {"refresh_token": ""},
         {"cert_pem": ""},
         {"ca_cert_pem": ""},
+        {"cert_pem": "nonsense"},
+        {"ca_cert_pem": "nonsense"},
+        {"ca_cert_pem": CertificateAuthority.create().cert_pem},
     ],
 )
 async def test_an_answer_that_is_no_control_planes_changes_nothing(answer, change):
-    async def handle(_):
-        return httpx.Response(201, json={**answer, **change})
+    def handle(request):
+        return answer(request, **change)
 
     async with speaking_to(handle) as control_plane:
         with pytest.raises(ControlPlaneUnreachable):
             await control_plane.register("htok-1", "192.0.2.7:7443", CAPACITY)
 
 
+async def test_a_certificate_for_another_key_is_not_taken(answer, credentials):
+    """Serving with it would fail at every handshake; asking again may help, so it is no refusal."""
+
+    def handle(request):
+        return answer(request, cert_pem=credentials.cert_pem)
+
+    async with speaking_to(handle) as control_plane:
+        with pytest.raises(ControlPlaneUnreachable, match="not for its key"):
+            await control_plane.register("htok-1", "192.0.2.7:7443", CAPACITY)
+
+
 @pytest.mark.parametrize("token", ["opaque", "a.b.c", "a.e30.c", "a.eyJpYXQiOjUsImV4cCI6NX0.c", "..."])
 async def test_a_token_that_tells_no_lifetime_is_refreshed_within_a_day(answer, token):
-    async def handle(_):
-        return httpx.Response(201, json={**answer, "token": token})
+    def handle(request):
+        return answer(request, token=token)
 
     async with speaking_to(handle) as control_plane:
         got = await control_plane.register("htok-1", "192.0.2.7:7443", CAPACITY)

@@ -29,7 +29,7 @@ async def db(postgres_dsn):
 
 
 @pytest.fixture
-async def forgotten():
+def forgotten():
     return []
 
 

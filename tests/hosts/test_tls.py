@@ -148,7 +148,8 @@ async def test_the_control_plane_refuses_an_expired_host(authority):
 
 async def test_the_control_plane_refuses_a_host_of_another_authority(authority, other):
     """Our client certificate would be good there; its server certificate is not good here."""
-    server = server_ssl_context(replace(enrolled(other), ca_cert_pem=authority.cert_pem))
+    server = server_ssl_context(enrolled(other))
+    server.load_verify_locations(cadata=authority.cert_pem)
     outcome = await dial(server, ClientContexts(authority).current())
     assert outcome.of_server == b""
 

@@ -47,7 +47,7 @@ def room_for(count):
 
 
 @pytest.fixture
-async def database():
+def database():
     return FakeDatabase({ONE: room_for(5), TWO: room_for(5)})
 
 

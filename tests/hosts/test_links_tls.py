@@ -1,0 +1,167 @@
+"""Links over real sockets and TLS: the pin decides whom we talk to."""
+
+from __future__ import annotations
+
+import ipaddress
+from functools import partial
+from uuid import uuid4
+
+import pytest
+import trio
+from cryptography import x509
+from msgspec.structs import replace
+
+from agent.actor.server import ServerPeer
+from agent.actor.tls import serve_tls
+from agent.enrol.credentials import Credentials
+from agent.enrol.identity import certificate_request, install_certificate, new_key, server_ssl_context
+from agent.wire.faults import Fault
+from capsule.config import Settings
+from capsule.hosts.ca import CertificateAuthority, fingerprint
+from capsule.hosts.directory import Endpoint
+from capsule.hosts.links import HostLinks, tls_dial
+from capsule.hosts.tls import ClientContexts
+
+SETTINGS = Settings(database_url="x", secret_key="s" * 32, connect_timeout=1.0)
+HERE = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+
+
+class FakeDirectory:
+    def __init__(self):
+        self.rows = {}
+
+    async def find(self, host):
+        await trio.lowlevel.checkpoint()
+        return self.rows.get(host)
+
+    async def find_all(self, hosts):
+        await trio.lowlevel.checkpoint()
+        return {host: self.rows[host] for host in hosts if host in self.rows}
+
+
+class Agent:
+    """A host's listener with its own key and certificate."""
+
+    def __init__(self, authority):
+        self.authority = authority
+        self.host = uuid4()
+        key_pem = new_key()
+        self.credentials = Credentials(
+            url="http://127.0.0.1",
+            host_id=f"host-{self.host}",
+            token="t",
+            token_received_at=0,
+            token_lifetime=1,
+            refresh_token="r",
+            key_pem=key_pem,
+            cert_pem=self.issue(key_pem),
+            ca_cert_pem=authority.cert_pem,
+        )
+        self.context = server_ssl_context(self.credentials)
+        self.port = 0
+
+    def issue(self, key_pem):
+        return self.authority.issue_host_certificate(certificate_request(key_pem), self.host, HERE)
+
+    async def start(self, nursery):
+        async def serve(stream):
+            async def answer(method, body, _):
+                await trio.lowlevel.checkpoint()
+                return {"method": method, "host": str(self.host), **body}
+
+            await ServerPeer(stream, answer).run()
+
+        start = partial(serve_tls, serve, host="127.0.0.1", port=0, context=self.context)
+        self.port = await nursery.start(start)
+        return self
+
+    def endpoint(self, *, pinned=None):
+        return Endpoint(f"127.0.0.1:{self.port}", fingerprint(pinned or self.credentials.cert_pem), 1)
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return CertificateAuthority.create()
+
+
+@pytest.fixture
+def directory():
+    return FakeDirectory()
+
+
+@pytest.fixture
+async def links(authority, directory, nursery):
+    links = HostLinks(directory, tls_dial(ClientContexts(authority)), SETTINGS)
+    await nursery.start(links.run)
+    return links
+
+
+async def test_the_pinned_agent_is_reached(authority, directory, links, nursery):
+    agent = await Agent(authority).start(nursery)
+    directory.rows[agent.host] = agent.endpoint()
+    with trio.fail_after(10):
+        assert (await links.call(agent.host, "echo", {}, timeout=5))["host"] == str(agent.host)
+
+
+async def test_another_host_at_the_address_is_never_asked(authority, directory, links, nursery):
+    """A host that took over an address gets no request, and the caller a retryable fault."""
+    agent, other = await Agent(authority).start(nursery), Agent(authority)
+    directory.rows[other.host] = agent.endpoint(pinned=other.credentials.cert_pem)
+    with trio.fail_after(10), pytest.raises(Fault) as caught:
+        await links.call(other.host, "echo", {}, timeout=5)
+    assert (caught.value.code, caught.value.retryable) == ("unavailable", True)
+
+
+async def test_an_agent_of_another_fleet_is_refused(directory, links, nursery):
+    """Even when its certificate is the pinned one: our root comes first."""
+    agent = await Agent(CertificateAuthority.create()).start(nursery)
+    directory.rows[agent.host] = agent.endpoint()
+    with trio.fail_after(10), pytest.raises(Fault):
+        await links.call(agent.host, "echo", {}, timeout=5)
+
+
+async def test_a_row_ahead_of_its_agent_is_waited_for(authority, directory, links, nursery):
+    """The new certificate is pinned a moment before the agent serves with it; a call in that moment succeeds."""
+    agent = await Agent(authority).start(nursery)
+    renewed = replace(agent.credentials, cert_pem=agent.issue(agent.credentials.key_pem))
+    directory.rows[agent.host] = agent.endpoint(pinned=renewed.cert_pem)
+    answers = []
+
+    async def ask():
+        answers.append(await links.call(agent.host, "echo", {}, timeout=5))
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as callers:
+            callers.start_soon(ask)
+            while not any(link.failed_dials for link in links.statistics().values()):  # noqa: ASYNC110 - a level
+                await trio.sleep(0.01)
+            install_certificate(agent.context, renewed)
+    assert len(answers) == 1
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", f"{'x' * 63}.invalid:1"])
+async def test_an_address_nobody_listens_at_is_unavailable(directory, links, address, monkeypatch):
+    """Refused or unknown, it is the same to the caller."""
+
+    async def resolve(*_, **__):
+        await trio.lowlevel.checkpoint()
+        raise OSError("no such name")
+
+    if "invalid" in address:
+        monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
+    host = uuid4()
+    directory.rows[host] = Endpoint(address, "0" * 64, 1)
+    with trio.fail_after(10), pytest.raises(Fault) as caught:
+        await links.call(host, "echo", {}, timeout=5)
+    assert caught.value.code == "unavailable"
+
+
+async def test_a_listener_that_never_answers_is_given_up(directory, links):
+    """TCP accepts, TLS stays silent: the caller's connect time-out, not more."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        host = uuid4()
+        directory.rows[host] = Endpoint(f"127.0.0.1:{listener.socket.getsockname()[1]}", "0" * 64, 1)
+        with trio.fail_after(10), pytest.raises(Fault) as caught:
+            await links.call(host, "echo", {}, timeout=5)
+    assert caught.value.code == "unavailable"
