@@ -43,6 +43,9 @@ RESTART_FIRST, RESTART_MOST = 0.1, 5.0
 STEADY = 30.0
 """Seconds of service after which the next death counts as the first again."""
 
+LAST_WORDS = 0.5
+"""Seconds to read what a server that died still said."""
+
 LOG_LINES = 20
 """Lines of the server's log kept for the message of a failure."""
 
@@ -73,7 +76,7 @@ async def run_postgres(
 
     `runtime` gets the socket, `cache` a copy of the programs when their own place is closed to the server's user.
     `binaries`: the directory to take `postgres` from (default: CAPSULE_POSTGRES_BIN, else see `find_programs`).
-    `durable=False` is for tests: a crash of the machine may lose everything.
+    `durable=False` is for tests: a crash of the machine may lose everything, one of the server loses nothing.
 
     Owns: the server process, the lock on `data`. Owned by: the nursery it is started in. Emits: the handle.
     Dies when: cancelled (the server is shut down first, at most 16 s), or when the server cannot be started at all
@@ -119,7 +122,9 @@ def _command(programs: Programs, data: Path, runtime: Path, *, durable: bool) ->
         "log_error_verbosity": "terse",
         "log_line_prefix": "",
         "logging_collector": "off",
-        **({} if durable else {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off"}),
+        # In the data directory, so that a server that is killed leaves nothing in /dev/shm.
+        "dynamic_shared_memory_type": "mmap",
+        **({} if durable else {"fsync": "off", "full_page_writes": "off"}),
     }
     options = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
     return [str(programs.directory / "postgres"), "-D", str(data), *options]
@@ -142,7 +147,7 @@ class _Supervisor:
         self._handle = handle
         self._on_first_service = on_first_service
         self._served = False
-        self._ready = trio.Event()
+        self._ready, self._log_ended = trio.Event(), trio.Event()
         self._last_lines: deque[str] = deque(maxlen=LOG_LINES)
 
     async def run(self) -> None:
@@ -162,7 +167,7 @@ class _Supervisor:
 
     async def _serve(self) -> int:
         """One life of the server; returns its exit code."""
-        self._ready = trio.Event()
+        self._ready, self._log_ended = trio.Event(), trio.Event()
         self._last_lines.clear()
         process = await trio.lowlevel.open_process(
             self._command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, **as_account(self._account)
@@ -172,6 +177,8 @@ class _Supervisor:
                 nursery.start_soon(self._follow_log, process)
                 nursery.start_soon(self._await_readiness, process)
                 code = await process.wait()
+                with trio.move_on_after(LAST_WORDS):  # orphans of a killed server hold the pipe a little longer
+                    await self._log_ended.wait()
                 nursery.cancel_scope.cancel()
         finally:
             self._handle.pid = None
@@ -202,6 +209,7 @@ class _Supervisor:
             rest = rest[-MAX_LOG_LINE:]
             for line in lines:
                 self._note(line[:MAX_LOG_LINE].decode(errors="replace").strip())
+        self._log_ended.set()
 
     def _note(self, line: str) -> None:
         self._last_lines.append(line)

@@ -5,11 +5,31 @@ from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
 import pytest
+import trio
+
 from capsule.db.connection import Connection
 from capsule.db.pool import Database, open_database
 from capsule.db.queries import hosts, sandboxes, teams, users
 from capsule.db.queries.sandboxes import SandboxRow
 from capsule.db.queries.teams import TeamRow
+
+Condition = Callable[[], bool | Awaitable[bool]]
+
+
+@pytest.fixture
+def eventually() -> Callable[[Condition], Awaitable[None]]:
+    """Waits until a condition holds: looks at the level again and again, for at most 20 s."""
+
+    async def holds(condition: Condition) -> bool:
+        answer = condition()
+        return answer if isinstance(answer, bool) else await answer
+
+    async def wait(condition: Condition) -> None:
+        with trio.fail_after(20):
+            while not await holds(condition):  # noqa: ASYNC110 - another process's state gives no event
+                await trio.sleep(0.01)
+
+    return wait
 
 
 @pytest.fixture

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import pytest
 import trio
+
 from capsule.db import lease as lease_module
 from capsule.db.connection import Connection
 from capsule.db.pool import Database, open_database
 
-LOCKS = "select count(*)::int from pg_locks where locktype = 'advisory' and granted and database = (select oid from pg_database where datname = current_database())"
+OURS = "locktype = 'advisory' and database = (select oid from pg_database where datname = current_database())"
 
 
-async def _locks(db: Database) -> int:
-    return await db.run(lambda tx: tx.fetchval(LOCKS))
+@pytest.fixture
+def unlocked(db: Database, eventually):
+    """Waits until no session of this database holds an advisory lock."""
+
+    async def free() -> bool:
+        return await db.run(lambda tx: tx.fetchval(f"select count(*) = 0 from pg_locks where {OURS}"))  # noqa: S608
+
+    return lambda: eventually(free)
 
 
-async def _no_locks(db: Database) -> None:
-    with trio.fail_after(5):
-        while await _locks(db):
-            await trio.sleep(0.01)
-
-
-async def test_there_is_one_leader_per_key(db: Database, postgres_dsn: str):
+async def test_there_is_one_leader_per_key(db: Database, postgres_dsn: str, unlocked):
     """A second process gets None while the first leads, and leads once it has let go; other keys are other matters."""
     async with open_database(postgres_dsn) as other:
         first = await db.try_lead("monitor")
@@ -38,17 +39,17 @@ async def test_there_is_one_leader_per_key(db: Database, postgres_dsn: str):
         assert second is not None
         await second.release()
         await second.release()
-    await _no_locks(db)
+    await unlocked()
 
 
-async def test_a_leader_that_dies_is_replaced_at_once(db: Database, postgres_dsn: str):
+async def test_a_leader_that_dies_is_replaced_at_once(db: Database, postgres_dsn: str, unlocked):
     """Closing a process's database ends its leases; the next one leads."""
     async with open_database(postgres_dsn) as other:
         lease = await other.try_lead("monitor")
         assert lease is not None
     with trio.fail_after(2):
         await lease.lost.wait()
-    await _no_locks(db)
+    await unlocked()
     again = await db.try_lead("monitor")
     assert again is not None
     await again.release()
@@ -60,10 +61,7 @@ async def test_a_killed_session_sets_lost(db: Database):
     assert lease is not None
 
     async def kill(tx: Connection) -> None:
-        await tx.execute(
-            "select pg_terminate_backend(pid) from pg_locks where locktype = 'advisory' and "
-            "database = (select oid from pg_database where datname = current_database())"
-        )
+        await tx.execute(f"select pg_terminate_backend(pid) from pg_locks where {OURS}")  # noqa: S608
 
     await db.run(kill)
     with trio.fail_after(5):
@@ -71,7 +69,7 @@ async def test_a_killed_session_sets_lost(db: Database):
     await lease.release()
 
 
-async def test_a_silent_session_is_asked_and_given_up(db: Database, monkeypatch: pytest.MonkeyPatch):
+async def test_a_silent_session_is_asked_and_given_up(db: Database, unlocked, monkeypatch: pytest.MonkeyPatch):
     """A session that gives no answer within the probe's time-out is lost, whatever the network says."""
     monkeypatch.setattr(lease_module, "PROBE_INTERVAL", 0.02)
     monkeypatch.setattr(lease_module, "PROBE_TIMEOUT", 0.0)
@@ -79,10 +77,10 @@ async def test_a_silent_session_is_asked_and_given_up(db: Database, monkeypatch:
     assert lease is not None
     with trio.fail_after(5):
         await lease.lost.wait()
-    await _no_locks(db)
+    await unlocked()
 
 
-async def test_cancelling_while_asking_never_keeps_the_lock(db: Database):
+async def test_cancelling_while_asking_never_keeps_the_lock(db: Database, unlocked):
     """Cancelled after 0, 1, 2, … ms: a lease nobody holds does not lock others out for ever."""
     for n in range(20):
         with trio.move_on_after(n * 0.001) as scope:
@@ -90,4 +88,4 @@ async def test_cancelling_while_asking_never_keeps_the_lock(db: Database):
         if not scope.cancelled_caught:
             assert lease is not None, n
             await lease.release()
-        await _no_locks(db)
+        await unlocked()

@@ -10,6 +10,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 import trio
+
 from capsule.db.connection import Connection
 from capsule.db.errors import MigrationChanged, SchemaTooNew
 from capsule.db.migrate import load_migrations, migrate, sql_directory
@@ -26,7 +27,8 @@ DATA = """
     insert into hosts (id, type) values ('00000000-0000-0000-0000-0000000000c1', 'regular');
     insert into templates (team_id, name, type) values ('00000000-0000-0000-0000-000000000000', 'minimal', 'base');
     insert into sandboxes (id, team_id, template, vcpus, memory_mb, disk_mb, transition_deadline)
-      values ('00000000-0000-0000-0000-0000000000d1', '00000000-0000-0000-0000-0000000000b1', 'minimal', 1, 512, 1024, now());
+      values ('00000000-0000-0000-0000-0000000000d1', '00000000-0000-0000-0000-0000000000b1', 'minimal', 1, 512, 1024,
+              now());
     insert into audit_logs (actor_type, resource_type, resource_id, action, scope, status)
       values ('system', 'sandbox', 'sb', 'create', 'team', 'success');
 """
@@ -49,7 +51,7 @@ async def _contents(db: Database) -> dict[str, list[str]]:
     async def read(tx: Connection) -> dict[str, list[str]]:
         tables = await tx.fetch("select tablename from pg_tables where schemaname = 'public' order by 1")
         return {
-            name: sorted(row["r"] for row in await tx.fetch(f"select t::text as r from {name} t"))
+            name: sorted(row["r"] for row in await tx.fetch(f"select t::text as r from {name} t"))  # noqa: S608
             for name in (row["tablename"] for row in tables)
         }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import trio
+
 from capsule.db.connection import Connection
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.pool import Database, open_database
@@ -17,7 +18,7 @@ async def _one(tx: Connection) -> int:
 
 
 async def _sleep(tx: Connection, seconds: float) -> None:
-    await tx.execute(f"select pg_sleep({seconds})")
+    await tx.execute("select pg_sleep($1)", seconds)
 
 
 async def _add(tx: Connection, bucket: str) -> None:
@@ -28,16 +29,13 @@ async def _buckets(tx: Connection) -> int:
     return await tx.fetchval("select count(*) from rate_limits")
 
 
-async def _wait_until(condition, seconds: float = 5) -> None:
-    """Poll a level, with a bound."""
-    with trio.fail_after(seconds):
-        while not condition():
-            await trio.sleep(0.01)
-
-
 def _all_idle(db: Database) -> bool:
     level = db.statistics()
     return level.idle == level.connections and level.in_flight == 0
+
+
+def _busy(db: Database, calls: int) -> bool:
+    return db.statistics().in_flight == calls
 
 
 async def test_a_transaction_gives_its_result_and_commits(db: Database):
@@ -47,7 +45,7 @@ async def test_a_transaction_gives_its_result_and_commits(db: Database):
     assert await db.run(_buckets) == 1
 
 
-async def test_an_exception_rolls_back_and_comes_out_as_it_is(db: Database):
+async def test_an_exception_rolls_back_and_comes_out_as_it_is(eventually, db: Database):
     """A use-case's own exception reaches its Trio caller, and nothing it wrote stays."""
 
     async def fail(tx: Connection) -> None:
@@ -57,7 +55,7 @@ async def test_an_exception_rolls_back_and_comes_out_as_it_is(db: Database):
     with pytest.raises(LookupError, match="mine"):
         await db.transaction(fail)
     assert await db.run(_buckets) == 0
-    assert _all_idle(db)
+    await eventually(lambda: _all_idle(db))
 
 
 async def test_a_broken_constraint_comes_out_with_its_name_only(db: Database):
@@ -101,7 +99,7 @@ async def test_many_calls_at_once_share_few_connections(db: Database):
     assert db.statistics().connections <= 4
 
 
-async def test_cancelling_at_every_moment_leaks_no_connection(db: Database):
+async def test_cancelling_at_every_moment_leaks_no_connection(eventually, db: Database):
     """Transactions cancelled after 0, 1, 2, … ms: each is whole or absent, the pool is intact, and a connection never
     gives the answer to somebody else's question."""
 
@@ -124,16 +122,16 @@ async def test_cancelling_at_every_moment_leaks_no_connection(db: Database):
     written = await db.run(_buckets)
     assert written % 2 == 0
     assert written >= 2 * done
-    await _wait_until(lambda: _all_idle(db))
+    await eventually(lambda: _all_idle(db))
 
 
-async def test_cancelling_a_crowd_leaves_the_pool_whole(db: Database):
+async def test_cancelling_a_crowd_leaves_the_pool_whole(eventually, db: Database):
     """More calls than connections, all cancelled: those that held one and those that waited for one."""
     with trio.move_on_after(0.1):
         async with trio.open_nursery() as nursery:
             for _ in range(20):
                 nursery.start_soon(db.transaction, _sleep, 30.0)
-    await _wait_until(lambda: _all_idle(db))
+    await eventually(lambda: _all_idle(db))
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery:
             for _ in range(8):
@@ -157,19 +155,19 @@ async def test_a_cancelled_transaction_holds_no_lock_afterwards(db: Database):
     await db.transaction(take, timeout=5)
 
 
-async def test_a_call_ends_by_its_time_out(db: Database):
+async def test_a_call_ends_by_its_time_out(eventually, db: Database):
     """A slow statement is DatabaseUnavailable after `timeout`, and the pool is intact."""
     with trio.fail_after(5), pytest.raises(DatabaseUnavailable, match=r"within 0\.1 s"):
         await db.transaction(_sleep, 30.0, timeout=0.1)
-    await _wait_until(lambda: _all_idle(db))
+    await eventually(lambda: _all_idle(db))
 
 
-async def test_waiting_for_a_connection_counts_into_the_time_out(db: Database):
+async def test_waiting_for_a_connection_counts_into_the_time_out(eventually, db: Database):
     """With every connection busy, a call is DatabaseUnavailable after `timeout`; it does not hang."""
     async with trio.open_nursery() as nursery:
         for _ in range(4):
             nursery.start_soon(partial(db.transaction, _sleep, 30.0, timeout=60))
-        await _wait_until(lambda: db.statistics().in_flight == 4)
+        await eventually(lambda: _busy(db, 4))
         with trio.fail_after(5), pytest.raises(DatabaseUnavailable):
             await db.transaction(_one, timeout=0.2)
         nursery.cancel_scope.cancel()
@@ -223,7 +221,8 @@ async def test_dead_idle_connections_are_replaced_unseen(db: Database):
 
     async def kill_others(tx: Connection) -> None:
         await tx.fetch(
-            "select pg_terminate_backend(pid) from pg_stat_activity where pid <> pg_backend_pid() and datname = current_database()"
+            "select pg_terminate_backend(pid) from pg_stat_activity "
+            "where pid <> pg_backend_pid() and datname = current_database()"
         )
 
     async with trio.open_nursery() as nursery:
@@ -268,7 +267,7 @@ async def test_a_closed_database_says_so(postgres_dsn: str):
         await db.ping()
 
 
-async def test_closing_is_bounded_while_a_call_runs(postgres_dsn: str):
+async def test_closing_is_bounded_while_a_call_runs(eventually, postgres_dsn: str):
     """Leaving the block with a statement under way ends that statement's call and the thread."""
     outcome = []
 
@@ -278,9 +277,12 @@ async def test_closing_is_bounded_while_a_call_runs(postgres_dsn: str):
         except DatabaseUnavailable:
             outcome.append("unavailable")
 
+    async def open_and_leave(nursery: trio.Nursery) -> None:
+        async with open_database(postgres_dsn) as db:
+            nursery.start_soon(linger, db)
+            await eventually(lambda: _busy(db, 1))
+
     with trio.fail_after(15):
         async with trio.open_nursery() as nursery:
-            async with open_database(postgres_dsn) as db:
-                nursery.start_soon(linger, db)
-                await _wait_until(lambda: db.statistics().in_flight == 1)
+            await open_and_leave(nursery)
     assert outcome == ["unavailable"]

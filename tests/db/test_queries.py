@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 import trio
+
 from capsule.db.connection import Connection
 from capsule.db.errors import ConstraintViolated
 from capsule.db.pool import Database

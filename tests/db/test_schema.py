@@ -9,6 +9,7 @@ from itertools import product
 from uuid import UUID, uuid4
 
 import pytest
+
 from agent.wire.lifecycle import FINAL, TRANSITIONAL, TRANSITIONS, Status
 from capsule.db.connection import Connection
 from capsule.db.errors import ConstraintViolated
@@ -78,7 +79,7 @@ async def test_every_other_transition_is_refused(db: Database, sandbox: MakeSand
             assert refusal == "sandboxes_generation"
         else:
             assert refusal == (None if (before, after) in TRANSITIONS else "sandboxes_transition"), (before, after)
-    assert FINAL == {"stopped", "error"}
+    assert {"stopped", "error"} == FINAL
 
 
 async def test_generation_grows_by_one_with_each_change(db: Database, sandbox: MakeSandbox, host: UUID):

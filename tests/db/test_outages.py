@@ -1,0 +1,152 @@
+"""The server goes away in every way it can, and comes back; nothing of ours is started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from capsule.db import cluster
+from capsule.db import lease as lease_module
+from capsule.db.connection import Connection
+from capsule.db.embedded import PostgresHandle, run_postgres
+from capsule.db.errors import DatabaseUnavailable
+from capsule.db.pool import Database, open_database
+
+
+@pytest.fixture
+async def server(postgres_server, postgres_directory: Path) -> AsyncIterator[PostgresHandle]:
+    """A server of the test's own, to be ill-treated."""
+    directory = postgres_directory
+    postgres_server.copy_cluster(directory / "data")
+    run = partial(
+        run_postgres,
+        directory / "data",
+        runtime=directory / "run",
+        cache=directory / "cache",
+        durable=False,
+    )
+    async with trio.open_nursery() as nursery:
+        with trio.fail_after(60):
+            handle = await nursery.start(run)
+        yield handle
+        nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+async def db(server: PostgresHandle) -> AsyncIterator[Database]:
+    async with open_database(server.dsn, max_size=3) as database:
+        yield database
+
+
+async def _one(tx: Connection) -> int:
+    return await tx.fetchval("select 1")
+
+
+async def _sleep(tx: Connection) -> None:
+    await tx.execute("select pg_sleep(60)")
+
+
+def _signal_all(server: PostgresHandle, number: int) -> None:
+    """To the server and all its processes, the server first."""
+    assert server.pid is not None
+    data = Path(f"/proc/{server.pid}/cwd").resolve()
+    for pid in sorted(cluster._processes_on(data), key=lambda pid: pid != server.pid):
+        os.kill(pid, number)
+
+
+@pytest.fixture
+def back(db: Database, server: PostgresHandle, eventually):
+    """Waits until the server has been started again so many times and answers."""
+
+    async def wait(restarts: int) -> None:
+        await eventually(lambda: server.restarts >= restarts and server.pid is not None)
+        await db.wait_available(timeout=20)
+
+    return wait
+
+
+async def test_a_killed_server_fails_calls_and_is_back_for_the_next(
+    db: Database, server: PostgresHandle, back, eventually
+):
+    """kill -9 in the middle of a transaction: that call is unavailable at once, the launcher starts the server again,
+    and the same pool goes on working, with what was committed before."""
+    await db.transaction(lambda tx: tx.execute("create table kept as select 1 as x"))
+    lease = await db.try_lead("monitor")
+    assert lease is not None
+    for round_ in (1, 2):
+        killed = server.pid
+        assert killed is not None
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+
+                async def in_flight() -> None:
+                    with pytest.raises(DatabaseUnavailable):
+                        await db.transaction(_sleep, timeout=60)
+
+                nursery.start_soon(in_flight)
+                await eventually(lambda: db.statistics().in_flight > 0)
+                os.kill(killed, signal.SIGKILL)
+        await back(round_)
+        assert server.pid != killed
+        assert await db.run(lambda tx: tx.fetchval("select x from kept")) == 1
+        assert lease.lost.is_set()
+    level = db.statistics()
+    assert level.in_flight == 0
+
+
+async def test_a_shut_down_server_is_unavailable_then_back(db: Database, server: PostgresHandle, back):
+    """A fast shutdown by an operator looks the same to callers."""
+    await db.ping()
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGINT)
+    await back(1)
+    assert await db.transaction(_one) == 1
+
+
+async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
+    db: Database, server: PostgresHandle, eventually, monkeypatch: pytest.MonkeyPatch
+):
+    """SIGSTOP to all its processes: calls in flight and new ones end by their time-outs, also for a cancelled caller; a
+    lease is given up; after SIGCONT everything works, with the same launcher and pool."""
+    monkeypatch.setattr(lease_module, "PROBE_INTERVAL", 0.2)
+    monkeypatch.setattr(lease_module, "PROBE_TIMEOUT", 0.2)
+    lease = await db.try_lead("monitor")
+    assert lease is not None
+    await db.ping()
+    _signal_all(server, signal.SIGSTOP)
+    try:
+        for _ in range(5):  # more than there are connections: none is lost
+            with trio.fail_after(3.5), pytest.raises(DatabaseUnavailable, match="within"):
+                await db.transaction(_one, timeout=0.2)
+        began = trio.current_time()
+        with trio.move_on_after(0.2):
+            await db.run(_one, timeout=30)
+        assert trio.current_time() - began < 3.5
+        with trio.fail_after(5):
+            await lease.lost.wait()
+    finally:
+        _signal_all(server, signal.SIGCONT)
+    await db.wait_available(timeout=10)
+    assert await db.transaction(_one) == 1
+    await eventually(lambda: db.statistics().in_flight == 0)
+
+
+async def test_closing_a_frozen_database_is_bounded(server: PostgresHandle):
+    """A control plane that stops while its database hangs does stop."""
+    try:
+        with trio.fail_after(10):
+            async with open_database(server.dsn) as db:
+                lease = await db.try_lead("monitor")
+                assert lease is not None
+                await db.ping()
+                _signal_all(server, signal.SIGSTOP)
+                began = trio.current_time()
+    finally:
+        _signal_all(server, signal.SIGCONT)
+    assert trio.current_time() - began < 8
