@@ -7,10 +7,13 @@ from typing import Annotated
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from capsule.http import fields
-from capsule.http.cursors import CURSOR_FORM
+from capsule.http.cursors import CURSOR_FORM, PID_CURSOR_FORM
 from capsule.model import SandboxStatus, TemplateType
 
 Cursor = Annotated[str, Meta(pattern=CURSOR_FORM, description="Where the last page ended, as the last answer gave it.")]
+
+
+PidCursor = Annotated[str, Meta(pattern=PID_CURSOR_FORM, description="`next_cursor` of the last page.")]
 
 
 class CreateSandboxBody(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -60,7 +63,7 @@ class ListProcessesQuery(Struct, kw_only=True, forbid_unknown_fields=True):
     """Which page of the processes."""
 
     limit: fields.Limit = 50
-    cursor: Cursor | UnsetType = UNSET
+    cursor: PidCursor | UnsetType = UNSET
 
 
 class SignalQuery(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import secrets
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 from urllib.parse import unquote
 
 import structlog
 import trio
 from quart_trio.asgi import TrioASGIHTTPConnection
 
-from capsule.errors import InvalidRequest
+from capsule.errors import CapsuleError, InvalidRequest
 from capsule.http.errors import error_response, internal
 from capsule.http.operations import StreamResponse
 from capsule.http.requests import ID_FORM, ApiRequest
@@ -32,6 +33,12 @@ DRAIN_BYTES = 256 * 1024 * 1024
 everything (most do) would otherwise see a reset connection, not the answer."""
 
 DRAIN_TIMEOUT = 30.0
+"""Seconds for that."""
+
+GLANCE_BYTES = 64 * 1024
+"""How much of it is thrown away before the answer."""
+
+GLANCE_TIMEOUT = 0.05
 """Seconds for that."""
 
 CLOSE_TIMEOUT = 5.0
@@ -70,11 +77,13 @@ class ApiConnection(TrioASGIHTTPConnection):
         self.scope = {**self.scope, "path": target or "/"}
         request: ApiRequest = self._create_request_from_scope(send)  # type: ignore[assignment]
         request.request_id = self.request_id
+        if not request.content_length and "Transfer-Encoding" not in request.headers:
+            request.body.end()
         with self.app.metrics.in_flight.track_inprogress():
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.handle_messages, nursery, request, receive)
-                    nursery.start_soon(self._answer, nursery, request, send, target is not None)
+                    nursery.start_soon(self._answer, nursery, request, send, _flaw(request, target))
             finally:
                 self._record(trio.current_time() - started)
 
@@ -95,39 +104,46 @@ class ApiConnection(TrioASGIHTTPConnection):
                 request.body.end()
                 return
 
-    async def _answer(self, nursery: trio.Nursery, request: ApiRequest, send: ASGISendCallable, valid: bool) -> None:
+    async def _answer(self, nursery: trio.Nursery, request: ApiRequest, send: ASGISendCallable, flaw: str) -> None:
         try:
             async with AsyncExitStack() as stack:
                 request.cleanup = stack
-                response = await self._respond(request, valid)
+                response = await self._respond(request, flaw)
                 await self._send_answer(request, response, send)
-        except BrokenAnswer as err:
-            log.warning("answer_broken_off", reason=str(err))
-        except Exception:
+        except Exception as err:
             # After the first byte there is no other way to say that it failed: hypercorn closes the connection of an
             # answer without an end.
-            log.exception("answer_failed")
+            if reasons := _expected(err):
+                log.warning("answer_broken_off", reasons=reasons)
+            else:
+                log.exception("answer_failed")
         else:
             await self._finish(request, send)
         nursery.cancel_scope.cancel()
 
-    async def _respond(self, request: ApiRequest, valid: bool) -> TrioResponse:
-        if not valid:
-            error = InvalidRequest("The request target must be a path or an http URL.")
-            return error_response(error, self.request_id)
+    async def _respond(self, request: ApiRequest, flaw: str) -> TrioResponse:
+        if flaw:
+            response = error_response(InvalidRequest(flaw), self.request_id)
+            response.headers["Connection"] = "close"
+            return response
         try:
-            response: Any = await self.app.handle_request(request)
+            response = cast("TrioResponse", await self.app.handle_request(request))
         except Exception:
             log.exception("request_failed")
             response = error_response(internal(), self.request_id)
-        if request.url_rule is not None:
-            self.route = self.app.routes.get(request.url_rule.endpoint, self.route)
-        return response  # type: ignore[no-any-return]
+        finally:
+            if request.url_rule is not None:
+                self.route = self.app.routes.get(request.url_rule.endpoint, self.route)
+        return response
 
     async def _send_answer(self, request: ApiRequest, response: TrioResponse, send: ASGISendCallable) -> None:
         response.headers["X-Request-Id"] = self.request_id
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers.setdefault("Cache-Control", "no-store")
+        if not request.body.finished:
+            # Most refusals come before the body was read, and most bodies are small: then the connection can stay.
+            with trio.move_on_after(GLANCE_TIMEOUT):
+                await request.body.drain(GLANCE_BYTES)
         if not request.body.finished:
             response.headers["Connection"] = "close"
         self.status = response.status_code
@@ -173,6 +189,15 @@ class ApiConnection(TrioASGIHTTPConnection):
         )
 
 
+def _expected(error: Exception) -> list[str]:
+    """What broke a stream, when all of it is failures that we know; none for a bug. A source with a nursery of its
+    own wraps what passes through it in groups."""
+    if isinstance(error, ExceptionGroup):
+        inner = [_expected(leaf) for leaf in error.exceptions]
+        return list(chain.from_iterable(inner)) if all(inner) else []
+    return [str(error)] if isinstance(error, BrokenAnswer | CapsuleError) else []
+
+
 def _request_id(scope: HTTPScope) -> str:
     """The client's request id when it is harmless, else one of ours."""
     for name, value in scope["headers"]:
@@ -180,6 +205,16 @@ def _request_id(scope: HTTPScope) -> str:
             text = value.decode("latin-1")
             return text if ID_FORM.fullmatch(text) else secrets.token_hex(16)
     return secrets.token_hex(16)
+
+
+def _flaw(request: ApiRequest, target: str | None) -> str:
+    """What is wrong with a request that the protocol allows and we do not; empty for none."""
+    if target is None:
+        return "The request target must be a path or an http URL."
+    if "Transfer-Encoding" in request.headers and "Content-Length" in request.headers:
+        # A proxy before us may have believed the other one: the way requests are smuggled.
+        return "Content-Length and Transfer-Encoding exclude each other."
+    return ""
 
 
 def _path(scope: HTTPScope) -> str | None:

@@ -12,6 +12,7 @@ from capsule.http.answers import BackgroundExecution, Execution
 from capsule.http.bodies import ExecBody
 from capsule.http.mounts import under_both_names
 from capsule.http.operations import Call, Operation, Success, json_response
+from capsule.http.parsing import check_path
 from capsule.http.sandboxes import ON_HOST
 from capsule.model import ExecCall, ExecStarted
 
@@ -86,10 +87,10 @@ def _exec_call(body: ExecBody) -> ExecCall:
         cmd=body.cmd,
         args=None if body.args is UNSET else tuple(body.args),
         envs=body.envs,
-        cwd=body.cwd or None,
-        user=body.user or None,
+        cwd=None if body.cwd is UNSET else check_path(body.cwd, "cwd"),
+        user=None if body.user is UNSET else body.user,
         stdin=None if body.stdin is UNSET else body.stdin.encode(),
         timeout_sec=unlimited if body.timeout_sec is UNSET else body.timeout_sec,
         background=body.background,
-        tag=body.tag or None,
+        tag=None if body.tag is UNSET else body.tag,
     )

@@ -17,6 +17,7 @@ from capsule.http.operations import (
     json_response,
     no_content,
 )
+from capsule.http.parsing import check_path
 from capsule.http.sandboxes import ON_HOST
 from capsule.http.uploads import MAX_FILE_BYTES, receive_upload
 
@@ -136,20 +137,20 @@ class FileHandlers:
         return no_content()
 
     async def read(self, call: Call[PathBody, None]) -> TrioResponse:
-        reading = self._service.read_file(call.principal, call.sandbox, call.body.path)
+        reading = self._service.read_file(call.principal, call.sandbox, check_path(call.body.path))
         # Open until the answer is sent: the connection's stack closes it, in this same task.
         size, chunks = await call.request.cleanup.enter_async_context(reading)
         return StreamResponse(chunks, size, "application/octet-stream")
 
     async def list(self, call: Call[ListFilesBody, None]) -> TrioResponse:
         body = call.body
-        entries = await self._service.list_files(call.principal, call.sandbox, body.path, body.depth)
+        entries = await self._service.list_files(call.principal, call.sandbox, check_path(body.path), body.depth)
         return json_response(Files(entries=[File.of(entry) for entry in entries]))
 
     async def mkdir(self, call: Call[PathBody, None]) -> TrioResponse:
-        entry = await self._service.mkdir(call.principal, call.sandbox, call.body.path)
+        entry = await self._service.mkdir(call.principal, call.sandbox, check_path(call.body.path))
         return json_response(MadeDirectory(entry=File.of(entry)))
 
     async def remove(self, call: Call[PathBody, None]) -> TrioResponse:
-        await self._service.remove_file(call.principal, call.sandbox, call.body.path)
+        await self._service.remove_file(call.principal, call.sandbox, check_path(call.body.path))
         return no_content()

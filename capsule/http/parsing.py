@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl
 import msgspec
 
 from capsule.errors import InvalidRequest, UnsupportedMediaType
+from capsule.http.fields import MAX_PATH_BYTES
 
 if TYPE_CHECKING:
     from werkzeug.datastructures import Headers
@@ -44,7 +45,7 @@ def parse_json(raw: bytes, kind: type[S]) -> S:
     """A JSON object into a `kind`. Refused: bad UTF-8, bad JSON, NaN and Infinity, a key given twice, NUL characters
     and lone surrogates, unknown fields, wrong types, values outside their limits."""
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_number)
     except UnicodeDecodeError as err:
         raise InvalidRequest(f"The body is not UTF-8: byte {err.start} is wrong.") from None
     except RecursionError:
@@ -83,6 +84,13 @@ def parse_query(raw: bytes, kind: type[S]) -> S:
     return _convert(values, kind, strict=False)
 
 
+def check_path(path: str, field: str = "path") -> str:
+    """`path`, whose form was checked with its body, if it is short enough in bytes; else InvalidRequest."""
+    if len(path.encode()) > MAX_PATH_BYTES:
+        raise InvalidRequest(f"{field}: longer than {MAX_PATH_BYTES} bytes.", field=field)
+    return path
+
+
 @cache
 def _list_fields(kind: type[msgspec.Struct]) -> frozenset[str]:
     hints = get_type_hints(kind)
@@ -107,6 +115,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise InvalidRequest(f"The body is not JSON: {name} is not a JSON value.")
+
+
+def _number(text: str) -> int | float:
+    """1.0 is an integer in JSON, however it is written."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _refuse_bad_text(value: Any) -> None:

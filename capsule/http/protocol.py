@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from typing import TYPE_CHECKING, Any
 
-import h11
-from hypercorn.protocol.events import Body, Response
+from hypercorn.events import Closed
+from hypercorn.protocol.events import Body, EndBody, Response
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
 
 from capsule.http.errors import error_body, error_headers, from_status
 
 if TYPE_CHECKING:
+    import h11
     from hypercorn.protocol.events import Event
 
 REQUEST_ID = b"x-request-id"
@@ -21,10 +22,14 @@ REQUEST_ID = b"x-request-id"
 class Http11(H11Protocol):
     """HTTP/1.1 only: an upgrade to clear-text HTTP/2 is ignored, as RFC 9110 allows. TLS and HTTP/2 are a proxy's."""
 
+    _refused = False
+
     async def _check_protocol(self, event: h11.Request) -> None:
         """Where hypercorn looks for HTTP/2."""
 
     async def stream_send(self, event: Event) -> None:
+        if self._refused:
+            return  # the end of an answer that we gave already
         if isinstance(event, Response) and event.status_code >= 400 and not _has_request_id(event.headers):
             await self._refuse(event.status_code)
         else:
@@ -33,10 +38,11 @@ class Http11(H11Protocol):
     async def _send_error_response(self, status_code: int) -> None:
         """h11 found the request malformed; what is left of it cannot be read."""
         await self._refuse(status_code)
-        await self._send_h11_event(h11.EndOfMessage())
 
     async def _refuse(self, status: int) -> None:
-        """Head and body of an answer in our form; the caller ends it."""
+        """Answer in our form and close. (hypercorn keeps the connection of a malformed WebSocket handshake open, for
+        ever and without a timer.)"""
+        self._refused = True
         error = from_status(status)
         request_id = secrets.token_hex(16)
         body = error_body(error, request_id)
@@ -49,6 +55,8 @@ class Http11(H11Protocol):
         raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await super().stream_send(Response(stream_id=STREAM_ID, headers=raw, status_code=error.status))
         await super().stream_send(Body(stream_id=STREAM_ID, data=body))
+        await super().stream_send(EndBody(stream_id=STREAM_ID))
+        await self.send(Closed())
 
 
 def _has_request_id(headers: list[tuple[bytes, bytes]] | Any) -> bool:

@@ -67,9 +67,11 @@ class RequestBody:
     async def drain(self, limit: int) -> None:
         """Throw away what comes until the client has sent all of it, or `limit` more bytes."""
         self._discarding = True
-        self._drain_until = limit
         self._receive.close()
-        await self._drained.wait()
+        if not self.finished:
+            self._drain_until = limit
+            self._drained = trio.Event()
+            await self._drained.wait()
 
     def __aiter__(self) -> RequestBody:
         return self

@@ -38,7 +38,7 @@ BACKLOG = 2048
 MAX_CONNECTIONS = 8192
 """More are told to come back: each costs about 100 KiB."""
 
-IDLE_TIMEOUT = 30.0
+IDLE_TIMEOUT = 30
 """Seconds a connection may stay without a complete request head. Counted from the connection's start or its last
 answer, not from its last byte: a client that sends one byte at a time gains nothing."""
 
@@ -157,6 +157,8 @@ class _Connection(TCPServer):
             made.send,
         )
         await super()._read_data()
+        # The client is gone; without this the task would sit out the idle time-out beside a closed socket.
+        await self.idle_task.stop()
 
 
 def _config() -> Config:
@@ -165,7 +167,7 @@ def _config() -> Config:
     config.accesslog = None
     config.logger_class = _Log  # type: ignore[assignment]
     config.include_server_header = False
-    config.keep_alive_timeout = int(IDLE_TIMEOUT)
+    config.keep_alive_timeout = IDLE_TIMEOUT
     config.keep_alive_max_requests = MAX_REQUESTS
     config.h11_max_incomplete_size = MAX_HEAD_BYTES
     config.max_app_queue_size = QUEUED_CHUNKS

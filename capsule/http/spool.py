@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import tempfile
 from contextlib import asynccontextmanager
-from typing import IO, TYPE_CHECKING
+from functools import partial
+from typing import IO, TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -18,6 +19,8 @@ from capsule.errors import Busy
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
+
+T = TypeVar("T")
 
 MEMORY_BYTES = 128 * 1024
 """An upload up to this size never touches the disk; a thousand of them at once are 128 MiB."""
@@ -76,8 +79,8 @@ class SpooledFile:
         """Everything written, in pieces of up to READ_BYTES."""
         if self._file is not None:
             await self._flush()
-            await self._in_thread(lambda file: file.seek(0))
-            while block := await self._in_thread(lambda file: file.read(WRITE_BYTES)):
+            await self._run(partial(self._file.seek, 0))
+            while block := await self._run(partial(self._file.read, WRITE_BYTES)):
                 for start in range(0, len(block), READ_BYTES):
                     yield block[start : start + READ_BYTES]
             return
@@ -96,10 +99,10 @@ class SpooledFile:
     async def _flush(self) -> None:
         if self._file is None:
             await self._take_slot()
-            self._file = await trio.to_thread.run_sync(self._create, limiter=self._disk)
+            self._file = await self._run(self._create)
         data = bytes(self._buffer)
         self._buffer.clear()
-        await self._in_thread(lambda file: file.write(data))
+        await self._run(partial(self._file.write, data))
 
     async def _take_slot(self) -> None:
         with trio.move_on_after(SLOT_TIMEOUT):
@@ -109,19 +112,12 @@ class SpooledFile:
             raise Busy("Too many uploads at once; try again.", retry_after=SLOT_TIMEOUT)
 
     def _create(self) -> IO[bytes]:
-        return tempfile.TemporaryFile(dir=self._directory, buffering=0)
+        return tempfile.TemporaryFile(dir=self._directory)
 
-    async def _in_thread(self, work: Callable[[IO[bytes]], object]) -> bytes:
-        file = self._file
-        if file is None:
-            raise LookupError("not on disk")
-
-        def run() -> bytes:
-            done = work(file)
-            return done if isinstance(done, bytes) else b""
-
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Do `work` in a thread; a full disk is Busy."""
         try:
-            return await trio.to_thread.run_sync(run, limiter=self._disk)
+            return await trio.to_thread.run_sync(work, limiter=self._disk)
         except OSError as err:
             if err.errno in {errno.ENOSPC, errno.EDQUOT}:
                 raise Busy("There is no room for uploads now; try again.", retry_after=5) from err

@@ -89,9 +89,7 @@ def world(tmp_path, events):
 async def api(world):
     shutdown = trio.Event()
     async with trio.open_nursery() as nursery:
-        port = await nursery.start(
-            partial(serve, world.app, ("127.0.0.1", 0), shutdown=shutdown, grace=2)
-        )
+        port = await nursery.start(partial(serve, world.app, ("127.0.0.1", 0), shutdown=shutdown, grace=2))
         limits = httpx.Limits(max_connections=2000, max_keepalive_connections=2000)
         async with httpx.AsyncClient(
             base_url=f"http://127.0.0.1:{port}",
@@ -102,6 +100,18 @@ async def api(world):
         ) as client:
             yield Api(**vars(world), client=client, port=port, shutdown=shutdown, key=fakes.KEY)
         shutdown.set()
+
+
+@pytest.fixture
+def until():
+    """Waits for a level, bounded."""
+
+    async def wait(condition, limit=10):
+        with trio.fail_after(limit):
+            while not condition():  # noqa: ASYNC110 - what we wait for happens in code that has no event for us
+                await trio.sleep(0.01)
+
+    return wait
 
 
 @pytest.fixture

@@ -65,6 +65,7 @@ class FakeSandboxes(Faulty):
         super().__init__()
         self.sandboxes = {}
         self.files = {}
+        self.directories = {"/"}
         self.result = ExecResult(stdout=b"hi\n", stderr=b"", exit_code=0, duration_ms=3)
         self.running = []
         self.chunks = None
@@ -164,8 +165,8 @@ class FakeSandboxes(Faulty):
     async def read_file(self, principal, sandbox, path):
         await self._enter("read_file", principal, sandbox, path)
         self._find(sandbox)
-        if path == "/":
-            raise errors.IsADirectory("/ is a directory.")
+        if path in self.directories:
+            raise errors.IsADirectory(f"{path} is a directory.")
         if self.chunks is None and path not in self.files:
             raise errors.FileNotFound(f"{path} does not exist.")
 
@@ -221,9 +222,7 @@ class FakeTemplates(Faulty):
     def __init__(self):
         super().__init__()
         self.rows = [
-            TemplateView(
-                id=UUID(int=1), name="minimal", type="base", size_bytes=5, platform=True, created_at=START
-            ),
+            TemplateView(id=UUID(int=1), name="minimal", type="base", size_bytes=5, platform=True, created_at=START),
             TemplateView(
                 id=UUID(int=2),
                 name="frozen",
