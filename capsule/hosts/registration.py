@@ -23,6 +23,7 @@ from capsule.db.queries import refresh_tokens as refresh_rows
 from capsule.hosts import tokens
 from capsule.hosts.addresses import parse_address
 from capsule.hosts.ca import fingerprint, requested_key
+from capsule.hosts.rotation import exchange
 from capsule.model import HostCredentials, HostView
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
     from capsule.db.queries.hosts import HostRow
-    from capsule.db.queries.refresh_tokens import RefreshTokenRow
     from capsule.hosts.addresses import HostAddress
     from capsule.hosts.ca import CertificateAuthority
     from capsule.model import HostRegistration, HostType
@@ -165,10 +165,7 @@ class HostEnrolment:
         self, tx: Connection, refresh_token: str, following: str, csr_pem: str | None
     ) -> tuple[HostRow, str] | None:
         """None: refused. Returned, not raised: what a theft changes must be committed."""
-        spent, next_one = tokens.digest(refresh_token), tokens.digest(following)
-        expires_at = datetime.now(UTC) + tokens.REFRESH_LIFETIME
-        row = await refresh_rows.rotate(tx, sha256=spent, new_sha256=next_one, expires_at=expires_at)
-        row = row or await _answered_before(tx, spent, next_one)
+        row = await exchange(tx, refresh_token, following)
         host = None if row is None else await host_rows.get(tx, row.host_id)
         if host is None:
             return None
@@ -205,32 +202,6 @@ async def _insert_token(tx: Connection, host: UUID, token: str, created_by: UUID
         expires_at=datetime.now(UTC) + tokens.REGISTRATION_LIFETIME,
         created_by=created_by,
     )
-
-
-async def _answered_before(tx: Connection, spent: bytes, next_one: bytes) -> RefreshTokenRow | None:
-    """The row that `spent` was exchanged for, if for the same key and still unused; else ends the family."""
-    row = await refresh_rows.get(tx, spent)
-    if row is None or row.superseded_at is None or row.revoked_at is not None:
-        return None
-    answer = await refresh_rows.get(tx, next_one)
-    if answer is not None and answer.superseded_at is None and answer.revoked_at is None:
-        return answer
-    await refresh_rows.revoke_family(tx, row.family)
-    host = await host_rows.get(tx, row.host_id)
-    await audit.append(
-        tx,
-        actor_type="system",
-        actor_id=None,
-        actor_name="system",
-        team_id=None if host is None else host.team_id,
-        resource_type="host",
-        resource_id=f"host-{row.host_id}",
-        action="refresh_token_reuse",
-        scope="admin",
-        status="error",
-    )
-    log.error("refresh_token_reused", host_id=str(row.host_id))
-    return None
 
 
 async def _heard(tx: Connection, claims: tokens.HostClaims) -> None:

@@ -1,0 +1,52 @@
+"""One refresh token for the next: what is a renewal, what is an answer that was lost, and what is a theft."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import structlog
+
+from capsule.db.queries import audit, hosts
+from capsule.db.queries import refresh_tokens as rows
+from capsule.hosts.tokens import REFRESH_LIFETIME, digest
+
+if TYPE_CHECKING:
+    from capsule.db.connection import Connection
+    from capsule.db.queries.refresh_tokens import RefreshTokenRow
+
+log = structlog.get_logger()
+
+
+async def exchange(tx: Connection, token: str, following: str) -> RefreshTokenRow | None:
+    """Spend `token` for `following`; the row of the latter. None: refused, and `tx` must be committed all the same."""
+    spent, next_one = digest(token), digest(following)
+    expires_at = datetime.now(UTC) + REFRESH_LIFETIME
+    row = await rows.rotate(tx, sha256=spent, new_sha256=next_one, expires_at=expires_at)
+    return row or await _answered_before(tx, spent, next_one)
+
+
+async def _answered_before(tx: Connection, spent: bytes, following: bytes) -> RefreshTokenRow | None:
+    """The row that `spent` was exchanged for, if for the same key and still unused; else ends the family."""
+    row = await rows.get(tx, spent)
+    if row is None or row.superseded_at is None or row.revoked_at is not None:
+        return None
+    answer = await rows.get(tx, following)
+    if answer is not None and answer.superseded_at is None and answer.revoked_at is None:
+        return answer
+    await rows.revoke_family(tx, row.family)
+    host = await hosts.get(tx, row.host_id)
+    await audit.append(
+        tx,
+        actor_type="system",
+        actor_id=None,
+        actor_name="system",
+        team_id=None if host is None else host.team_id,
+        resource_type="host",
+        resource_id=f"host-{row.host_id}",
+        action="refresh_token_reuse",
+        scope="admin",
+        status="error",
+    )
+    log.error("refresh_token_reused", host_id=str(row.host_id))
+    return None
