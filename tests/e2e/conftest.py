@@ -74,6 +74,11 @@ class Platform:
             self.process.send_signal(signal.SIGINT)
             assert self.process.wait(90) == 0
 
+    def complaints(self) -> str:
+        """The end of what the daemons had to say about failures."""
+        text = self.log.read_text(errors="replace")
+        return "\n".join(re.split(r"(?=^20\d\d-)", text, flags=re.MULTILINE)[-400:])[-30000:]
+
     @property
     def ready(self) -> dict:
         """The ready file as it is now."""
@@ -161,6 +166,9 @@ def start_platform(own_host):
             one.start()
             try:
                 yield one
+            except BaseException:
+                print(one.complaints())  # noqa: T201 - shown by pytest with the failure
+                raise
             finally:
                 one.stop()
 
