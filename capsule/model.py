@@ -72,7 +72,7 @@ class CreateSandbox:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SandboxView:
-    """A sandbox as its team sees it. Empty metadata is left out of answers."""
+    """A sandbox as its team sees it. Empty metadata is left out of answers. `reason`: why it is in its status."""
 
     id: UUID
     status: SandboxStatus
@@ -88,6 +88,7 @@ class SandboxView:
     metadata: Mapping[str, str] | None = None
     started_at: datetime | None = None
     last_active_at: datetime | None = None
+    reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

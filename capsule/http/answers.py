@@ -83,6 +83,7 @@ class Sandbox(Struct, kw_only=True):
     started_at: Timestamp | UnsetType = UNSET
     last_active_at: Timestamp | UnsetType = UNSET
     last_updated: Timestamp
+    reason: Annotated[str, Meta(description="Why it is in this status, for people.")] | UnsetType = UNSET
 
     @classmethod
     def of(cls, view: SandboxView) -> Sandbox:
@@ -101,6 +102,7 @@ class Sandbox(Struct, kw_only=True):
             started_at=optional_time(view.started_at),
             last_active_at=optional_time(view.last_active_at),
             last_updated=timestamp(view.last_updated),
+            reason=given(view.reason),
         )
 
 

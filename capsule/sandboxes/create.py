@@ -6,14 +6,10 @@ id however often it is asked, and a row that nobody finishes is finished by the 
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
-from uuid import UUID, uuid4
 
-import msgspec
 import structlog
 import trio
 
@@ -21,15 +17,18 @@ from agent.wire import calls
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 from capsule import errors
-from capsule.db.errors import ConstraintViolated
-from capsule.db.queries import idempotency, sandboxes, teams, templates
+from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
+from capsule.db.queries import idempotency, sandboxes
+from capsule.hosts.answers import parse_answer, storable_address
+from capsule.sandboxes.admission import NewSandbox, examine, insert, same_request
 from capsule.sandboxes.failures import as_error
-from capsule.sandboxes.rows import found, record, view
+from capsule.sandboxes.rows import NO_ANSWER, found, view
 from capsule.scheduler.placement import Size
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from capsule.config import Settings
-    from capsule.db.connection import Connection
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
     from capsule.model import CreateSandbox, Principal, SandboxView
@@ -42,7 +41,7 @@ log = structlog.get_logger()
 RETRY_PAUSE = 0.5
 """Between tries to reach a host whose agent is away; agents restart in a second or two."""
 REPLAY_PAUSE = 0.25
-RETRIED = frozenset({FaultCode.UNAVAILABLE, FaultCode.BUSY})
+RETRIED = frozenset({FaultCode.UNAVAILABLE, FaultCode.BUSY, FaultCode.DRAINING})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +63,27 @@ class Creator:
         return view(await self.operations.finish(partial(self._create, principal, request, idempotency_key)))
 
     async def _create(self, principal: Principal, request: CreateSandbox, key: str | None) -> SandboxRow:
-        want = Size(vcpus=request.vcpus, memory_mb=request.memory_mb, disk_mb=self.settings.disk_mb)
-        async with self.scheduler.reserve(want) as host:
-            row, mine = await self._begin(principal, request, key, host)
+        row, mine = await self._place(principal, request, key)
         if not mine:
             return await self._await_outcome(row.id)
         with structlog.contextvars.bound_contextvars(sandbox_id=str(row.id), host_id=str(row.host_id)):
             return await self._start(row, request)
+
+    async def _place(self, principal: Principal, request: CreateSandbox, key: str | None) -> tuple[SandboxRow, bool]:
+        """The row, on a host with room for it, and whether it is this request's to start."""
+        want = Size(vcpus=request.vcpus, memory_mb=request.memory_mb, disk_mb=self.settings.disk_mb)
+        try:
+            async with self.scheduler.reserve(want) as host:
+                return await self._begin(principal, request, key, host)
+        except errors.NoHostsAvailable:
+            # That the fleet is full is of no interest to a repeated request, nor to one that would be refused anyway.
+            if (row := await self.rows.transaction(examine, principal, request, key)) is not None:
+                return row, False
+            raise
+        except DatabaseUnavailable as err:
+            raise errors.DatabaseUnavailable(NO_ANSWER, retry_after=1) from err
+        except Fault as fault:
+            raise as_error(fault) from fault
 
     async def _begin(
         self, principal: Principal, request: CreateSandbox, key: str | None, host: UUID
@@ -92,10 +105,10 @@ class Creator:
             error = as_error(fault)
             log.warning("sandbox_not_started", code=fault.code, message=fault.message)
             now = await self.rows.settle(row, Status.ERROR, reason=error.message)
-            if now.status != Status.RUNNING:
+            if now.status == Status.ERROR:
                 raise error from fault
-            return now
-        now = await self.rows.settle(row, Status.RUNNING, host_ip=state.host_ip)
+            return self._outcome(now)
+        now = await self.rows.settle(row, Status.RUNNING, host_ip=storable_address(state.host_ip))
         return self._outcome(now)
 
     async def _ask_host(self, row: SandboxRow, request: CreateSandbox) -> calls.SandboxState:
@@ -116,27 +129,35 @@ class Creator:
             left = deadline - trio.current_time()
             try:
                 answer = await self.links.call(row.host_id, "sandbox.create", body, timeout=left)
-                return calls.parse(calls.SandboxState, answer)
+                return parse_answer(calls.SandboxState, answer)
             except Fault as fault:
                 if fault.code not in RETRIED or not fault.retryable or left < RETRY_PAUSE * 2:
                     raise
                 log.info("create_retried", code=fault.code, message=fault.message)
             await trio.sleep(RETRY_PAUSE)
+            await self._check_wanted(row)
+
+    async def _check_wanted(self, row: SandboxRow) -> None:
+        """Fault `invalid_state` when the row has moved on, so that a host that comes back is not asked for nothing."""
+        try:
+            now = await self.rows.run(sandboxes.get_any, row.id)
+        except errors.DatabaseUnavailable:
+            return
+        if now is not None and (now.status, now.generation) != (row.status, row.generation):
+            raise Fault(FaultCode.INVALID_STATE, "the sandbox was destroyed while it was being made")
 
     async def _earlier(self, principal: Principal, request: CreateSandbox, key: str) -> UUID | None:
         """The sandbox an earlier request with this key made."""
         claim = await self.rows.run(idempotency.get, principal.team_id, key)
-        if claim is None:
-            return None
-        if claim.request_sha256 != fingerprint(request):
-            raise errors.IdempotencyKeyReused("this Idempotency-Key was used for a different request; use a new one")
-        return claim.resource_id
+        return None if claim is None else same_request(claim, request)
 
     async def _await_outcome(self, sandbox: UUID) -> SandboxRow:
         """Wait for whoever makes it (another request, another control plane, or the monitor after a crash)."""
         deadline = trio.current_time() + self.settings.create_timeout
         while True:
             row = found(await self.rows.run(sandboxes.get_any, sandbox))
+            if row.status == Status.ERROR and row.started_at is None:
+                raise errors.HostUnavailable(f"{row.reason}; to try again, use a new Idempotency-Key")
             if row.status not in {Status.PENDING, Status.STARTING}:
                 return self._outcome(row)
             if trio.current_time() >= deadline:
@@ -151,72 +172,3 @@ class Creator:
         if row.status in {Status.STOPPING, Status.STOPPED} and row.started_at is None:
             raise errors.InvalidState("the sandbox was destroyed while it was being made", status=row.status)
         return row
-
-
-@dataclass(frozen=True)
-class NewSandbox:
-    """What the transaction writes down."""
-
-    principal: Principal
-    request: CreateSandbox
-    idempotency_key: str | None
-    host: UUID
-    settings: Settings
-
-
-async def insert(tx: Connection, new: NewSandbox) -> tuple[SandboxRow, bool]:
-    """The one transaction: quota, idempotency, row, audit. The row, and whether it is this request's."""
-    sandbox, principal, request = uuid4(), new.principal, new.request
-    if new.idempotency_key is not None:
-        taken = await idempotency.claim(tx, principal.team_id, new.idempotency_key, fingerprint(request), sandbox)
-        if taken is not None:
-            if taken.request_sha256 != fingerprint(request):
-                raise errors.IdempotencyKeyReused("this Idempotency-Key was used for a different request")
-            return found(await sandboxes.get_any(tx, taken.resource_id)), False
-    await check_quota(tx, principal, request)
-    if await templates.get_by_name(tx, principal.team_id, request.template) is None:
-        raise errors.NotFound(f"there is no template {request.template!r}; GET /v1/snapshots lists them")
-    deadline = datetime.now(UTC) + timedelta(seconds=new.settings.create_timeout)
-    row = await sandboxes.insert(
-        tx,
-        id=sandbox,
-        team_id=principal.team_id,
-        template=request.template,
-        vcpus=request.vcpus,
-        memory_mb=request.memory_mb,
-        disk_mb=new.settings.disk_mb,
-        timeout_sec=request.timeout_sec,
-        metadata=dict(request.metadata),
-        transition_deadline=deadline,
-    )
-    await record(tx, principal, sandbox, "create", "success", {"template": request.template})
-    placed = await sandboxes.change_status(
-        tx,
-        sandbox,
-        from_status=row.status,
-        generation=row.generation,
-        to_status=Status.STARTING,
-        host_id=new.host,
-        transition_deadline=deadline,
-    )
-    return found(placed), True
-
-
-async def check_quota(tx: Connection, principal: Principal, request: CreateSandbox) -> None:
-    """The team's limits. QuotaExceeded names the one that was hit."""
-    limits = await teams.limits(tx, principal.team_id)
-    if limits is None:
-        raise errors.NoTeam("your team was deleted")
-    live = await sandboxes.count_live(tx, principal.team_id)
-    for name, wanted, limit in (
-        ("max_vcpus", request.vcpus, limits.max_vcpus),
-        ("max_memory_mb", request.memory_mb, limits.max_memory_mb),
-        ("max_sandboxes", live + 1, limits.max_sandboxes),
-    ):
-        if wanted > limit:
-            raise errors.QuotaExceeded(f"{name} of your team is {limit}, this needs {wanted}", limit=name)
-
-
-def fingerprint(request: CreateSandbox) -> bytes:
-    """SHA-256 of what was asked for, the same for the same request."""
-    return hashlib.sha256(msgspec.json.encode(request, order="sorted")).digest()

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 RETRY_PAUSE = 0.5
+RETRIED = frozenset({FaultCode.UNAVAILABLE, FaultCode.BUSY, FaultCode.DRAINING})
+"""An agent that restarts, or has too much to do, is asked again while there is time."""
 MAX_RACES = 5
 """Times the row may change between being read and being written before we ask the client to try again."""
 
@@ -72,7 +74,7 @@ class Destroyer:
             try:
                 await self.links.call(host, "sandbox.destroy", body, timeout=left)
             except Fault as fault:
-                if fault.code == FaultCode.UNAVAILABLE and left >= RETRY_PAUSE * 2:
+                if fault.code in RETRIED and left >= RETRY_PAUSE * 2:
                     await trio.sleep(RETRY_PAUSE)
                     continue
                 log.warning("sandbox_not_destroyed", code=fault.code, message=fault.message)
@@ -81,7 +83,7 @@ class Destroyer:
 
 
 def _unfinished(fault: Fault) -> errors.CapsuleError:
-    if fault.code in {FaultCode.UNAVAILABLE, FaultCode.DEADLINE_EXCEEDED}:
+    if fault.code in {FaultCode.UNAVAILABLE, FaultCode.DRAINING, FaultCode.DEADLINE_EXCEEDED}:
         return errors.HostUnavailable(
             "the sandbox is stopping; its host does not answer, it will be destroyed when the host is back",
             retry_after=5,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from agent.wire.calls import STDERR_CHANNEL, STDIN_CHANNEL, STDOUT_CHANNEL
-from agent.wire.faults import Fault
+from agent.wire.calls import NOTICE_CHANNEL, STDERR_CHANNEL, STDIN_CHANNEL, STDOUT_CHANNEL
+from agent.wire.faults import Fault, FaultCode
 from capsule import errors
 from capsule.model import ExecResult, ExecStarted, ProcessView
+from capsule.sandboxes import guest
 from capsule.sandboxes.failures import as_error
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class Output:
     budget: OutputBudget
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
+    began_at: float = field(default_factory=trio.current_time)
+    process_runs: bool = False
+
+    def duration_ms(self) -> int:
+        """Since the request, as seen from here."""
+        return round((trio.current_time() - self.began_at) * 1000)
 
     def size(self) -> int:
         """Bytes held."""
@@ -62,6 +69,7 @@ class Output:
 
     def add(self, channel: int, data: bytes) -> None:
         """Collect a chunk. OutputTooLarge with the beginning, Busy."""
+        self.process_runs = self.process_runs or channel == NOTICE_CHANNEL
         into = {STDOUT_CHANNEL: self.stdout, STDERR_CHANNEL: self.stderr}.get(channel)
         if into is None:
             return
@@ -70,7 +78,7 @@ class Output:
                 f"the command printed more than {MAX_OUTPUT_BYTES} bytes and was killed; write to a file instead",
                 stdout=bytes(self.stdout[:SHOWN_OUTPUT_BYTES]),
                 stderr=bytes(self.stderr[:SHOWN_OUTPUT_BYTES]),
-                duration_ms=0,
+                duration_ms=self.duration_ms(),
             )
         self.budget.take(len(data))
         into += data
@@ -92,19 +100,22 @@ class Execs:
             async with self.links.open_stream(placed.host, "exec", body, timeout=timeout) as stream:
                 if call.background:
                     await stream.end()
-                    return _started(await stream.reply())
+                    started = guest.answer(guest.Started, await stream.reply())
+                    return ExecStarted(pid=started.pid, tag=started.tag)
                 await _converse(stream, call.stdin, output)
                 reply = await stream.reply()
         except Fault as fault:
+            if fault.code == FaultCode.DEADLINE_EXCEEDED and output.process_runs:
+                raise _timed_out(call, output, output.duration_ms()) from fault
             raise as_error(fault, not_found=errors.InvalidRequest) from fault
         finally:
             self.budget.give_back(output.size())
-        return _result(call, output, reply)
+        return _result(call, output, guest.answer(guest.Ended, reply))
 
     async def processes(self, placed: Placed) -> list[ProcessView]:
         """Everything started by exec that still runs."""
-        reply = await self._call(placed, "processes.list", {})
-        return [_process(entry) for entry in reply.get("processes", [])]
+        reply = guest.answer(guest.Processes, await self._call(placed, "processes.list", {}))
+        return [process.view() for process in reply.processes]
 
     async def signal(self, placed: Placed, process: int | str, signal: int) -> None:
         """Signal a process group by pid or tag."""
@@ -165,33 +176,22 @@ def _question(placed: Placed, call: ExecCall) -> dict[str, Any]:
     return body
 
 
-def _started(reply: dict[str, Any]) -> ExecStarted:
-    return ExecStarted(pid=int(reply["pid"]), tag=str(reply["tag"]))
+def _result(call: ExecCall, output: Output, ended: guest.Ended) -> ExecResult:
+    if ended.timed_out:
+        raise _timed_out(call, output, ended.duration_ms)
+    return ExecResult(
+        stdout=bytes(output.stdout),
+        stderr=bytes(output.stderr),
+        exit_code=ended.exit_code,
+        duration_ms=ended.duration_ms,
+    )
 
 
-def _result(call: ExecCall, output: Output, reply: dict[str, Any]) -> ExecResult:
-    duration = int(reply.get("duration_ms", 0))
-    stdout, stderr = bytes(output.stdout), bytes(output.stderr)
-    if reply.get("timed_out"):
-        raise errors.ExecTimeout(
-            f"the command did not end in {call.timeout_sec} s and was killed; allow more with timeout_sec, or run it"
-            " with background: true",
-            stdout=stdout,
-            stderr=stderr,
-            duration_ms=duration,
-        )
-    return ExecResult(stdout=stdout, stderr=stderr, exit_code=int(reply["exit_code"]), duration_ms=duration)
-
-
-def _process(entry: dict[str, Any]) -> ProcessView:
-    args = entry.get("args")
-    return ProcessView(
-        pid=int(entry["pid"]),
-        tag=str(entry.get("tag", "")),
-        cmd=str(entry.get("cmd", "")),
-        args=None if args is None else tuple(str(part) for part in args),
-        user=str(entry.get("user", "")),
-        cwd=str(entry.get("cwd", "")),
-        background=bool(entry.get("background")),
-        started_ns=int(entry.get("started_ns", 0)),
+def _timed_out(call: ExecCall, output: Output, duration_ms: int) -> errors.ExecTimeout:
+    return errors.ExecTimeout(
+        f"the command did not end in {call.timeout_sec} s and was killed; allow more with timeout_sec, or run it"
+        " with background: true",
+        stdout=bytes(output.stdout),
+        stderr=bytes(output.stderr),
+        duration_ms=duration_ms,
     )

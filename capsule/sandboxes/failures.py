@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agent.wire.faults import Fault, FaultCode
+from agent.wire.lifecycle import Status
 from capsule import errors
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ _ALWAYS: dict[str, Callable[[str], errors.CapsuleError]] = {
     FaultCode.CONFLICT: errors.Conflict,
     FaultCode.DISK_FULL: errors.DiskFull,
     FaultCode.INVALID_ARGUMENT: errors.InvalidRequest,
-    FaultCode.INVALID_STATE: errors.InvalidState,
     FaultCode.IO_ERROR: errors.Conflict,
     FaultCode.IS_A_DIRECTORY: errors.IsADirectory,
     FaultCode.NOT_A_DIRECTORY: errors.NotADirectory,
@@ -33,6 +33,8 @@ def as_error(fault: Fault, *, not_found: Callable[[str], errors.CapsuleError] = 
             return errors.InvalidState("the sandbox no longer runs on its host; its status will say so in a moment")
         case FaultCode.NOT_FOUND:
             return not_found(fault.message)
+        case FaultCode.INVALID_STATE:
+            return _invalid_state(fault)
         case FaultCode.TOO_MANY_PROCESSES:
             return errors.TooManyExecs(fault.message, retry_after=1)
         case FaultCode.BUSY | FaultCode.DRAINING:
@@ -43,3 +45,10 @@ def as_error(fault: Fault, *, not_found: Callable[[str], errors.CapsuleError] = 
             return _ALWAYS[code](fault.message)
         case _:
             return errors.HostUnavailable(fault.message, retry_after=2)
+
+
+def _invalid_state(fault: Fault) -> errors.InvalidState:
+    """With the status that the host tells, if it is one."""
+    status = fault.details.get("status")
+    known = isinstance(status, str) and status in frozenset(Status)
+    return errors.InvalidState(fault.message, **({"status": status} if known else {}))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import trio
 
 from agent.wire.calls import CONTENT_CHANNEL, NOTICE_CHANNEL
 from agent.wire.faults import Fault
 from capsule import errors
-from capsule.model import FileEntry, FileType
+from capsule.sandboxes import guest
 from capsule.sandboxes.failures import as_error
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from agent.actor.peer import OpenedStream
     from capsule.hosts.links import HostLinks
+    from capsule.model import FileEntry
     from capsule.sandboxes.rows import Placed
 
 CALL_SECONDS = 60.0
@@ -27,7 +27,6 @@ TRANSFER_SECONDS = 3600.0
 """For a whole upload or download: the client's own patience is shorter."""
 MAX_ENTRIES = 10_000
 """Entries one listing may have."""
-FILE_TYPES = frozenset({"file", "directory", "symlink"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,10 @@ class Files:
             first = await anext(stream, None)
             if first is None:
                 await stream.reply()
-                raise errors.HostUnavailable("the guest answered without a size")
-            size = msgspec.msgpack.decode(first[1]).get("size") if first[0] == NOTICE_CHANNEL else None
-            yield size if isinstance(size, int) else None, _content(stream)
+            if first is None or first[0] != NOTICE_CHANNEL:
+                raise guest.nonsense()
+            size = guest.notice(guest.Size, first[1]).size
+            yield size, _content(stream, size)
 
     async def list(self, placed: Placed, path: str, depth: int) -> list[FileEntry]:
         """Entries below a directory."""
@@ -63,7 +63,7 @@ class Files:
             async for channel, data in stream:
                 if channel != NOTICE_CHANNEL:
                     continue
-                entries.extend(_entry(raw) for raw in msgspec.msgpack.decode(data).get("entries", []))
+                entries.extend(entry.view() for entry in guest.notice(guest.Batch, data).entries)
                 if len(entries) > MAX_ENTRIES:
                     raise errors.TooLarge(f"more than {MAX_ENTRIES} entries; list a sub-directory or less depth")
             await stream.reply()
@@ -73,7 +73,7 @@ class Files:
         """Make a directory and its parents."""
         async with self._stream(placed, "files.mkdir", {"path": path}, seconds=CALL_SECONDS) as stream:
             await stream.end()
-            return _entry((await stream.reply())["entry"])
+            return guest.answer(guest.Made, await stream.reply()).entry.view()
 
     async def remove(self, placed: Placed, path: str) -> None:
         """Remove a file, or a directory with all below it."""
@@ -91,32 +91,19 @@ class Files:
                 yield stream
         except Fault as fault:
             raise as_error(fault, not_found=errors.FileNotFound) from fault
-        except (msgspec.DecodeError, AttributeError, KeyError, TypeError, ValueError) as err:
-            raise errors.HostUnavailable("the guest's answer makes no sense") from err
 
 
-async def _content(stream: OpenedStream) -> AsyncIterator[bytes]:
+async def _content(stream: OpenedStream, size: int | None) -> AsyncIterator[bytes]:
     """Bytes to the end; raises when the file could not be read to its end, so that it never looks whole."""
+    count = 0
     async for channel, data in stream:
-        if channel == CONTENT_CHANNEL:
-            yield data
-        else:
+        if channel != CONTENT_CHANNEL:
             await trio.lowlevel.checkpoint()
+            continue
+        count += len(data)
+        if size is not None and count > size:
+            raise guest.nonsense()
+        yield data
     await stream.reply()
-
-
-def _entry(raw: dict[str, Any]) -> FileEntry:
-    """An entry in the guest's words: whatever it says, the types hold."""
-    kind = raw.get("type")
-    target = raw.get("symlink_target")
-    return FileEntry(
-        name=str(raw["name"]),
-        path=str(raw["path"]),
-        type=cast("FileType", kind if kind in FILE_TYPES else "other"),
-        size=int(raw["size"]),
-        mode=int(raw["mode"]),
-        owner=str(raw.get("owner", raw.get("uid", ""))),
-        group=str(raw.get("group", raw.get("gid", ""))),
-        modified_ns=int(raw["mtime_ns"]),
-        symlink_target=None if target is None else str(target),
-    )
+    if size is not None and count < size:
+        raise guest.nonsense()

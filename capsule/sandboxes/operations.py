@@ -73,5 +73,6 @@ class Operations:
             log.exception("operation_failed")
             slot.fail(Internal("internal error; the server's log has the details"))
         finally:
+            slot.fail(Busy("the control plane was stopped before this was finished; ask again", retry_after=5))
             self._running -= 1
             self._idle.set()

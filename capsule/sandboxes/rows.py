@@ -13,6 +13,7 @@ from agent.wire.lifecycle import FINAL, Status
 from capsule import errors
 from capsule.db.errors import DatabaseUnavailable
 from capsule.db.queries import audit, sandboxes
+from capsule.hosts.answers import storable_text
 from capsule.model import SandboxStatus, SandboxView
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ async def _change_or_read(
         generation=row.generation,
         to_status=to_status,
         host_ip=host_ip,
-        reason=reason,
+        reason=None if reason is None else storable_text(reason),
     )
     if changed is None:
         return found(await sandboxes.get_any(tx, row.id))
@@ -166,4 +167,5 @@ def view(row: SandboxRow) -> SandboxView:
         metadata=row.metadata or None,
         started_at=row.started_at,
         last_active_at=row.last_active_at,
+        reason=row.reason,
     )

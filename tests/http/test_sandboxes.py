@@ -70,6 +70,14 @@ async def test_one_sandbox_under_both_names(api):
             assert answer.json()["id"] == f"sb-{sandbox.id}"
 
 
+async def test_why_a_sandbox_is_in_its_status_is_told(api):
+    """`reason` comes with the sandboxes that have one."""
+    failed = api.sandboxes.add(status="error", reason="its VM ended")
+    assert (await api.client.get(f"/v1/sandboxes/sb-{failed.id}")).json()["reason"] == "its VM ended"
+    running = api.sandboxes.add()
+    assert "reason" not in (await api.client.get(f"/v1/sandboxes/sb-{running.id}")).json()
+
+
 @pytest.mark.parametrize(
     "text", ["x", "sb-", "SB-{}", "sb-{}0", "usr-{}", "{}", " sb-{}", "sb-{}%0a", "upper", "sb_{}", "0" * 31]
 )
