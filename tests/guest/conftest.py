@@ -94,8 +94,8 @@ class Client:
             self._buffer.feed(data)
         return decode(payload)
 
-    def closed_by_peer(self, timeout: float = PATIENCE) -> bool:
-        """Whether the daemon closes the connection (frames before that are dropped)."""
+    def closed_by_peer(self, timeout: float = 3.0) -> bool:
+        """Whether the daemon closes at once, not by HELLO's time-out. Frames before that are dropped."""
         try:
             while True:
                 self.next_frame(timeout)
@@ -210,12 +210,16 @@ class Guest:
         return int(next(line for line in text.splitlines() if line.startswith(key + ":")).split()[1])
 
     def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def children(self) -> dict[int, str]:
         """pid -> state letter of every direct child."""
         found: dict[int, str] = {}
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        for pid in [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]:
             with suppress(FileNotFoundError, ProcessLookupError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 if int(fields[1]) == self.pid:

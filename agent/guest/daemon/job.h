@@ -86,7 +86,7 @@ struct Spawn {
     const void *argument;
 };
 
-/* Take the descriptors children get for what they do not use; call once. False when /dev/null cannot be opened. */
+/* job_spawn.c: take the descriptors children get for what they do not use; call once. False when /dev/null cannot be opened. */
 bool jobs_open(void);
 
 /* Start a child for the stream that `open` opened (NULL: for nobody). Answers with a FAULT itself and returns NULL when
@@ -107,6 +107,7 @@ void jobs_advance(void);
 void jobs_watch(void);
 uint64_t jobs_deadline(void);
 struct Job *jobs_first(void);
+void jobs_add(struct Job *job);
 
 /* job_pipes.c: */
 void job_in_ready(void *owner, uint32_t events);

@@ -1,0 +1,159 @@
+/* Starting a job: limits, pipes, fork. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "child.h"
+#include "guest_limits.h"
+#include "job.h"
+
+static int null_fd = -1;
+
+bool jobs_open(void) {
+    null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    return null_fd >= 0;
+}
+
+static const char *refusal(enum JobKind kind) {
+    static const unsigned limits[] = {
+        [JOB_FOREGROUND] = MAX_FOREGROUND,
+        [JOB_BACKGROUND] = MAX_BACKGROUND,
+        [JOB_OPERATION] = MAX_OPERATIONS,
+        [JOB_CLEANUP] = MAX_OPERATIONS,
+    };
+    unsigned running = 0;
+    for (const struct Job *job = jobs_first(); job != NULL; job = job->next) {
+        running += job->kind == kind;
+    }
+    if (running < limits[kind]) {
+        return NULL;
+    }
+    return kind == JOB_FOREGROUND || kind == JOB_BACKGROUND ? "too_many_processes" : "busy";
+}
+
+/* `ends[0]` is the parent's, `ends[1]` the child's. A pipe the spawn does not ask for is /dev/null for the child. */
+struct Ends {
+    int in[2];
+    int out[2];
+    int errors[2];
+    int control[2];
+};
+
+static bool make_pipe(int ends[2], bool wanted, int parent_side) {
+    int made[2];
+    ends[0] = -1;
+    ends[1] = null_fd;
+    if (!wanted) {
+        return true;
+    }
+    if (pipe2(made, O_CLOEXEC) != 0) {
+        return false;
+    }
+    ends[0] = made[parent_side];
+    ends[1] = made[1 - parent_side];
+    return fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0;
+}
+
+static void close_end(int fd) {
+    if (fd >= 0 && fd != null_fd) {
+        close(fd);
+    }
+}
+
+static void close_ends(const struct Ends *ends, int side) {
+    close_end(ends->in[side]);
+    close_end(ends->out[side]);
+    close_end(ends->errors[side]);
+    close_end(ends->control[side]);
+}
+
+static pid_t start_child(const struct Spawn *spawn, struct Ends *ends) {
+    *ends = (struct Ends){{-1, -1}, {-1, -1}, {-1, -1}, {-1, -1}};
+    pid_t pid = -1;
+    if (make_pipe(ends->in, spawn->input, 1) && make_pipe(ends->out, spawn->output, 0) &&
+        make_pipe(ends->errors, spawn->errors, 0) &&
+        socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends->control) == 0) {
+        fflush(NULL);
+        pid = fork();
+    }
+    if (pid == 0) {
+        const int fds[4] = {ends->in[1], ends->out[1], ends->errors[1], ends->control[1]};
+        child_enter(fds);
+        spawn->run(spawn->argument);
+        _exit(1);
+    }
+    close_ends(ends, 1);
+    if (pid < 0) {
+        close_ends(ends, 0);
+    }
+    return pid;
+}
+
+static void attach(struct Job *job, const struct Ends *ends) {
+    job->in = (struct Watch){.fd = ends->in[0], .ready = job_in_ready, .owner = job};
+    job->out = (struct Watch){.fd = ends->out[0], .ready = job_out_ready, .owner = job};
+    job->errors = (struct Watch){.fd = ends->errors[0], .ready = job_errors_ready, .owner = job};
+    job->control = (struct Watch){.fd = ends->control[0], .ready = job_control_ready, .owner = job};
+    jobs_add(job);
+}
+
+static struct Job *new_job(struct Connection *owner, const struct Frame *open, enum JobKind kind) {
+    struct Job *job = calloc(1, sizeof *job);
+    if (job == NULL) {
+        return NULL;
+    }
+    if (kind == JOB_BACKGROUND && (job->ring = malloc(sizeof *job->ring + RING_BYTES)) == NULL) {
+        free(job);
+        return NULL;
+    }
+    if (job->ring != NULL) {
+        job->ring->total = 0;
+    }
+    job->kind = kind;
+    job->owner = owner;
+    job->started_ns = clock_monotonic_ns();
+    job->out_left = job->errors_left = SIZE_MAX;
+    job->receive_credit = INITIAL_CREDIT;
+    job->deadline = job->timeout = job->grace = job->patience = NEVER;
+    if (owner != NULL) {
+        job->stream = open->stream;
+        job->send_credit = owner->initial_credit;
+        if (open->timeout_ms > 0) {
+            job->deadline = job->started_ns + open->timeout_ms * 1000000ULL;
+        }
+    }
+    return job;
+}
+
+struct Job *job_spawn(struct Connection *owner, const struct Frame *open, const struct Spawn *spawn) {
+    const char *refused = refusal(spawn->kind);
+    if (refused != NULL) {
+        if (owner != NULL) {
+            connection_fault(owner, open->stream, refused, "the sandbox is at its limit of these; wait for one to end");
+        }
+        return NULL;
+    }
+    struct Ends ends;
+    struct Job *job = new_job(owner, open, spawn->kind);
+    pid_t pid = job != NULL ? start_child(spawn, &ends) : -1;
+    if (pid < 0) {
+        if (owner != NULL) {
+            connection_fault(owner, open->stream, "busy", "the guest cannot start a process: %s", strerror(errno));
+        }
+        if (job != NULL) {
+            free(job->ring);
+        }
+        free(job);
+        return NULL;
+    }
+    job->pid = pid;
+    attach(job, &ends);
+    if (owner != NULL) {
+        owner->streams++;
+    }
+    return job;
+}
