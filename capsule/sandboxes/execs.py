@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -170,6 +171,8 @@ def _question(placed: Placed, call: ExecCall) -> dict[str, Any]:
         body["args"] = list(call.args)
     if call.timeout_sec is not None:
         body["timeout_ms"] = call.timeout_sec * 1000
+    if call.background and call.tag is None:
+        body["tag"] = f"exec-{secrets.token_hex(4)}"
     for name in ("cwd", "user", "tag"):
         if (value := getattr(call, name)) is not None:
             body[name] = value

@@ -46,6 +46,8 @@ def test_exec_says_what_happened(api, create, run):
     assert late.status_code == 408
     assert late.json()["error"]["code"] == "exec_timeout"
     assert late.json()["error"]["stdout"] == "first\n"
+    unnamed = api.post(f"/sandboxes/{sandbox['id']}/exec", json={"cmd": "sleep 1000", "background": True}).json()
+    assert api.delete(f"/sandboxes/{sandbox['id']}/processes/{unnamed['tag']}").status_code == 204
     body = {"cmd": "sleep 1000", "background": True, "tag": "napper"}
     assert api.post(f"/sandboxes/{sandbox['id']}/exec", json=body).status_code == 202
     assert [process["tag"] for process in api.get(f"/sandboxes/{sandbox['id']}/processes").json()["items"]] == [
