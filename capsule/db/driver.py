@@ -182,9 +182,9 @@ class Driver:
         """A connection inside a transaction. One that died while idle shows here, and the next is taken."""
         for _ in range(self._max_size + 1):
             connection = await self._acquire()
-            transaction = connection.transaction(isolation=isolation)
             failure: Exception | None = None
             try:
+                transaction = connection.transaction(isolation=isolation)
                 await transaction.start()
             except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as err:
                 failure = err

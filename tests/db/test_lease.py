@@ -89,3 +89,25 @@ async def test_cancelling_while_asking_never_keeps_the_lock(db: Database, unlock
             assert lease is not None, n
             await lease.release()
         await unlocked()
+
+
+async def test_a_lease_got_in_the_moment_of_cancellation_is_let_go(
+    db: Database, unlocked, monkeypatch: pytest.MonkeyPatch
+):
+    """The lock was granted, and its asker cancelled before it heard of it."""
+    call = db._bridge.call
+    scope = trio.CancelScope()
+
+    async def call_then_cancel(*args, **kwargs):
+        result = await call(*args, **kwargs)
+        assert result is True
+        scope.cancel()
+        await trio.lowlevel.checkpoint()
+        return result
+
+    monkeypatch.setattr(db._bridge, "call", call_then_cancel)
+    with scope:
+        await db.try_lead("monitor")
+    assert scope.cancelled_caught
+    monkeypatch.undo()
+    await unlocked()

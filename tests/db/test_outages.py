@@ -48,6 +48,20 @@ async def _one(tx: Connection) -> int:
     return await tx.fetchval("select 1")
 
 
+async def _three_at_once(db: Database) -> None:
+    """Every place in the pool is free, and has a connection afterwards."""
+    arrived = []
+
+    async def hold(tx: Connection) -> None:
+        arrived.append(tx)
+        while len(arrived) < 3:
+            await tx.execute("select pg_sleep(0.01)")
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(db.transaction, hold)
+
+
 async def _sleep(tx: Connection) -> None:
     await tx.execute("select pg_sleep(60)")
 
@@ -118,9 +132,24 @@ async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
     monkeypatch.setattr(lease_module, "PROBE_TIMEOUT", 0.2)
     lease = await db.try_lead("monitor")
     assert lease is not None
-    await db.ping()
-    _signal_all(server, signal.SIGSTOP)
+    inside = []
+
+    async def work(tx: Connection) -> None:
+        await _one(tx)
+        inside.append(tx)
+        await _sleep(tx)
+
+    async def cancelled_while_it_cleans_up_after_its_time_out() -> None:
+        with trio.move_on_after(1.4) as scope:
+            await db.transaction(work, timeout=1)
+        assert scope.cancelled_caught
+
     try:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(cancelled_while_it_cleans_up_after_its_time_out)
+            await eventually(lambda: len(inside) == 3)
+            _signal_all(server, signal.SIGSTOP)
         for _ in range(5):  # more than there are connections: none is lost
             with trio.fail_after(3.5), pytest.raises(DatabaseUnavailable, match="within"):
                 await db.transaction(_one, timeout=0.2)
@@ -133,8 +162,8 @@ async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
     finally:
         _signal_all(server, signal.SIGCONT)
     await db.wait_available(timeout=10)
-    assert await db.transaction(_one) == 1
     await eventually(lambda: db.statistics().in_flight == 0)
+    await _three_at_once(db)
 
 
 async def test_closing_a_frozen_database_is_bounded(server: PostgresHandle):

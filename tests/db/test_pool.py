@@ -233,6 +233,27 @@ async def test_dead_idle_connections_are_replaced_unseen(db: Database):
         assert await db.transaction(_one) == 1
 
 
+async def test_a_connection_that_dies_between_pool_and_begin_is_replaced_unseen(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+):
+    """Nothing had happened on it yet, so the transaction simply takes the next."""
+    acquire = db._driver._acquire
+    killed = []
+
+    async def acquire_and_kill():
+        connection = await acquire()
+        if not killed:
+            killed.append(connection)
+            other = await acquire()
+            await other.execute("select pg_terminate_backend($1, 5000)", connection.get_server_pid())
+            await db._driver._give_back(other, None)
+        return connection
+
+    monkeypatch.setattr(db._driver, "_acquire", acquire_and_kill)
+    assert await db.transaction(_one) == 1
+    assert killed
+
+
 async def test_a_session_killed_in_the_middle_is_unavailable(db: Database):
     """The server ends our session under a transaction: typed, retryable, and the next call works."""
 
