@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from capsule.http.spool import Spool
 
 BASE = "/v1/sandboxes/{sandbox_id}/files"
-ON_PATH = (*ON_HOST, errors.FileNotFound, errors.NotADirectory, errors.PermissionDenied)
+ON_PATH = (
+    *ON_HOST,
+    errors.FileNotFound,
+    errors.NotADirectory,
+    errors.PermissionDenied,
+    errors.Conflict,
+    errors.DiskFull,
+    errors.TooManyExecs,
+)
 
 FORM = {
     "path": {
@@ -65,7 +73,7 @@ def _contents(handlers: FileHandlers) -> list[Operation[Any, Any]]:
             tag="files",
             form=FORM,
             successes=(Success(status=204, description="It is written."),),
-            errors=(*ON_PATH, errors.IsADirectory, errors.DiskFull),
+            errors=(*ON_PATH, errors.IsADirectory, errors.NotAFile),
         ),
         Operation(
             name="readFile",
@@ -105,7 +113,7 @@ def _directories(handlers: FileHandlers) -> list[Operation[Any, Any]]:
             tag="files",
             body=PathBody,
             successes=(Success(status=200, description="The new directory.", body=MadeDirectory),),
-            errors=(*ON_PATH, errors.Conflict, errors.DiskFull),
+            errors=ON_PATH,
         ),
         Operation(
             name="removeFile",

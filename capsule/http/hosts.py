@@ -117,6 +117,7 @@ def operations(service: HostService) -> list[Operation[Any, Any]]:
             errors=(
                 errors.Unauthorized,
                 errors.Forbidden,
+                errors.NotFound,
                 errors.Conflict,
                 errors.RateLimited,
                 errors.DatabaseUnavailable,
@@ -136,6 +137,7 @@ def operations(service: HostService) -> list[Operation[Any, Any]]:
             errors=(
                 errors.Unauthorized,
                 errors.Forbidden,
+                errors.NotFound,
                 errors.RateLimited,
                 errors.DatabaseUnavailable,
             ),

@@ -12,6 +12,7 @@ answer malformed requests in our words.
 
 from __future__ import annotations
 
+import resource
 from typing import TYPE_CHECKING, Any, cast
 
 import structlog
@@ -37,6 +38,9 @@ BACKLOG = 2048
 
 MAX_CONNECTIONS = 8192
 """More are told to come back: each costs about 100 KiB."""
+
+SPARE_DESCRIPTORS = 2048
+"""For all that is not a client: the database, hosts, files, threads."""
 
 IDLE_TIMEOUT = 30
 """Seconds a connection may stay without a complete request head. Counted from the connection's start or its last
@@ -68,6 +72,7 @@ async def serve(
     and their connections reset. OSError when the address cannot be bound.
     """
     host, port = bind
+    _allow_descriptors()
     listeners = await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
     server = _Server(app)
     async with trio.open_nursery() as connections:
@@ -159,6 +164,16 @@ class _Connection(TCPServer):
         await super()._read_data()
         # The client is gone; without this the task would sit out the idle time-out beside a closed socket.
         await self.idle_task.stop()
+
+
+def _allow_descriptors() -> None:
+    """Let this process open MAX_CONNECTIONS and more, as far as it may: the usual soft limit of 1024 is for programs
+    that use select."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + SPARE_DESCRIPTORS
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        within = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, within), hard))
 
 
 def _config() -> Config:

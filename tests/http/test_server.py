@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import socket
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 
 import pytest
@@ -26,21 +26,23 @@ async def answers_on(stream, count):
     """Read `count` answers off a connection; their status lines."""
     data = b""
     while data.count(b"HTTP/1.1 ") < count or not data.endswith(b"}"):
-        data += await stream.receive_some()
+        if not (more := await stream.receive_some()):
+            raise EOFError
+        data += more
     return [line for line in data.replace(b"}HTTP", b"}\nHTTP").splitlines() if line.startswith(b"HTTP/1.1")]
 
 
 @pytest.fixture
-def many_files():
-    """A thousand clients and their server in one process need two thousand descriptors."""
+def few_files():
+    """The soft limit of an ordinary login; a thousand clients and their server in one process need twice that."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(8192, hard), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-async def test_a_thousand_requests_at_once(api, many_files, until):
-    """All are in their handler at the same time, and all are answered."""
+async def test_a_thousand_requests_at_once(few_files, api, until):
+    """All are in their handler at the same time, and all are answered; the server sees to its descriptors."""
     path = f"/v1/sandboxes/sb-{api.sandboxes.add().id}/exec"
     api.sandboxes.gates["exec"] = trio.Event()
     body = b'{"cmd":"x"}'
@@ -89,7 +91,7 @@ async def test_one_connection_many_requests(api):
     assert open_connections(api) <= 1
 
 
-async def test_idle_connections_are_closed(api, monkeypatch):
+async def test_idle_connections_are_closed(api, monkeypatch, until):
     """Each of many: after an answer the timer always runs (see ApiConnection.handle_messages)."""
     monkeypatch.setattr(server, "IDLE_TIMEOUT", 0.3)
     async with _serving(api.app) as (port, _):
@@ -97,15 +99,18 @@ async def test_idle_connections_are_closed(api, monkeypatch):
 
         async def idle():
             async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-                await stream.send_all(GET)
-                await answers_on(stream, 1)
-                closed.append(await stream.receive_some())
+                with suppress(EOFError, trio.BrokenResourceError):  # closed before the request, on a slow machine
+                    await stream.send_all(GET)
+                    await answers_on(stream, 1)
+                    assert await stream.receive_some() == b""
+                closed.append(stream)
 
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
                 for _ in range(50):
                     nursery.start_soon(idle)
-        assert closed == [b""] * 50
+        assert len(closed) == 50
+    await until(lambda: open_connections(api) == 0)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\nX: "])
