@@ -13,6 +13,7 @@ serve
 from __future__ import annotations
 
 import signal
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +24,10 @@ import structlog
 import trio
 from prometheus_client import CollectorRegistry
 
+from agent.actor.settings import SettingsError
 from agent.actor.watchdog import LoopWatchdog
 from capsule.auth.keys import ApiKeyAuthenticator
-from capsule.db.errors import DatabaseUnavailable
+from capsule.db.errors import DatabaseError, DatabaseUnavailable
 from capsule.db.migrate import migrate
 from capsule.db.pool import Database, open_database
 from capsule.gauges import FleetGauges
@@ -49,6 +51,8 @@ from capsule.scheduler.placement import Overcommit
 from capsule.scheduler.scheduler import Scheduler, fleet_reader
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from capsule.config import Settings
 
 log = structlog.get_logger()
@@ -70,12 +74,49 @@ async def serve(settings: Settings) -> None:
     stop = trio.Event()
     async with trio.open_nursery() as signals:
         await signals.start(_watch_signals, stop, settings.shutdown_timeout)
-        async with open_database(settings.database_url, max_size=POOL_SIZE) as db:
-            await db.wait_available(timeout=DATABASE_PATIENCE)
-            await migrate(db)
-            await _serve(settings, db, stop)
+        async with database(settings, max_size=POOL_SIZE) as db:
+            if await _reached(db, stop):
+                await _serve(settings, db, stop)
         signals.cancel_scope.cancel()
     log.info("control_plane_stopped")
+
+
+@asynccontextmanager
+async def database(settings: Settings, *, max_size: int) -> AsyncIterator[Database]:
+    """The database of the settings, which need not be up yet. SettingsError when its URL is none."""
+    async with AsyncExitStack() as stack:
+        try:
+            db = await stack.enter_async_context(open_database(settings.database_url, max_size=max_size))
+        except ValueError as err:  # its text may quote the password
+            raise SettingsError(
+                "CAPSULE_DATABASE_URL must be a URL such as postgresql://user:password@host:5432/capsule"
+            ) from err
+        yield db
+
+
+async def wait_for_database(db: Database) -> None:
+    """Until it answers. DatabaseUnavailable after DATABASE_PATIENCE; SettingsError when it refuses us."""
+    try:
+        await db.wait_available(timeout=DATABASE_PATIENCE)
+    except DatabaseError:
+        raise
+    except Exception as err:  # what it is called is the driver's business: a password, a role, a database's name
+        raise SettingsError(f"the database of CAPSULE_DATABASE_URL refuses us: {err}") from err
+
+
+async def _reached(db: Database, stop: trio.Event) -> bool:
+    """Wait for the database and migrate it; False when we were told to stop before that."""
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            await stop.wait()
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(give_up)
+        await wait_for_database(db)
+        await migrate(db)
+        nursery.cancel_scope.cancel()
+    return not stop.is_set()
 
 
 async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
@@ -135,5 +176,6 @@ async def _watch_signals(stop: trio.Event, hard: float, *, task_status: trio.Tas
         task_status.started()
         async for number in signals:
             log.info("stop_requested", signal=signal.Signals(number).name)
-            signal.alarm(round(hard))
+            if not stop.is_set():  # a second signal must not buy time
+                signal.setitimer(signal.ITIMER_REAL, hard)
             stop.set()

@@ -1,8 +1,8 @@
 """Follows one host: a listing at once, at every change the agent tells of, and every few seconds anyway.
 
-Owns: the watch stream to its agent, the memory of strangers it saw. Owned by: the monitor's nursery.
-Takes: nothing; the agent's notices and the clock are its input. Emits: changed rows, acknowledgements, destroys.
-Dies when: the monitor ends it (the host is gone, or another control plane leads). It writes nothing it could lose.
+Owns: the watch stream to its agent, the endings it asked for, the memory of strangers it saw. Owned by: the monitor's
+nursery. Takes: nothing; the agent's notices and the clock are its input. Emits: changed rows, acknowledgements,
+destroys. Dies when: the monitor ends it (the host is gone, or another control plane leads). It has nothing to lose.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from uuid import UUID
 import structlog
 import trio
 
+from agent.actor.supervise import RestartPolicy, supervise
 from agent.wire import calls
 from agent.wire.faults import Fault
 from agent.wire.lifecycle import FINAL
-from capsule.db.errors import DatabaseUnavailable
+from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import sandboxes, templates
-from capsule.monitor.reconcile import Change, DestroyAgain, plan, strangers
+from capsule.hosts.answers import parse_answer
+from capsule.monitor.news import News
+from capsule.monitor.reconcile import Change, DestroyAgain, plan, settled, strangers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
-    from agent.actor.peer import OpenedStream
+    from agent.wire.calls import HostListing, OutboxEntry, TemplateDescription
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
     from capsule.db.queries.sandboxes import SandboxRow
@@ -35,9 +38,15 @@ log = structlog.get_logger()
 INTERVAL = 5.0
 """Seconds between listings that nothing asked for."""
 RETRY_PAUSE = 1.0
+RACE_PAUSE = 0.1
+"""Before looking again when a row was changed under our hands."""
 CALL_TIMEOUT = 10.0
 STRANGER_GRACE = 30.0
 """How long a VM without a row may stay: a row may be committed after the host was told, never long after."""
+MAX_AT_ONCE = 200
+"""Strangers, outbox entries and endings looked after in one round: a host that invents some costs no more than that."""
+AFTER_A_BUG = RestartPolicy(first_delay=1.0, max_delay=60.0)
+"""One host that we cannot follow must not keep us from the others."""
 
 
 class HostFollower:
@@ -48,78 +57,129 @@ class HostFollower:
         self._db = db
         self._links = links
         self._strangers: dict[UUID, float] = {}
+        self._ending: set[UUID] = set()
 
     async def run(self) -> None:
         """Until cancelled."""
         with structlog.contextvars.bound_contextvars(host_id=str(self._host)):
-            while True:
-                try:
-                    await self._follow()
-                except Fault as fault:
-                    log.info("host_not_followed", code=fault.code, message=fault.message)
-                except DatabaseUnavailable as err:
-                    log.info("host_not_followed", reason=str(err))
-                await trio.sleep(RETRY_PAUSE)
+            async with trio.open_nursery() as endings:
+                await supervise("host_follower", lambda: self._follow_always(endings), AFTER_A_BUG)
 
-    async def _follow(self) -> None:
+    async def _follow_always(self, endings: trio.Nursery) -> None:
+        while True:
+            try:
+                await self._follow(endings)
+            except Fault as fault:
+                log.info("host_not_followed", code=fault.code, message=fault.message)
+            except DatabaseUnavailable as err:
+                log.info("host_not_followed", reason=str(err))
+            await trio.sleep(RETRY_PAUSE)
+
+    async def _follow(self, endings: trio.Nursery) -> None:
         """Hold the watch stream; reconcile on every notice and every interval. Ends with a Fault, or quietly."""
         await self._learn_templates()
+        failure: Exception | None = None
         async with self._links.open_stream(self._host, "host.watch", {}) as stream:
-            while await self._changed(stream):
-                await self._reconcile()
-
-    async def _changed(self, stream: OpenedStream) -> bool:
-        """Wait for a notice, an interval at most; False when the agent ended the stream."""
-        with trio.move_on_after(INTERVAL):
-            return await anext(stream, None) is not None
-        return True
+            news = News()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(news.listen, stream)
+                try:
+                    while await news.wait(INTERVAL):
+                        if not await self._reconcile(endings):
+                            await trio.sleep(RACE_PAUSE)
+                            news.tell()
+                except (Fault, DatabaseUnavailable) as err:
+                    failure = err
+                nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+            await stream.reply()
 
     async def _learn_templates(self) -> None:
         """The base images that this host has are everyone's."""
         answer = await self._links.call(self._host, "host.describe", {}, timeout=CALL_TIMEOUT)
-        for image in calls.parse(calls.HostDescription, answer).templates:
-            await self._db.transaction(_upsert_base, image)
+        for image in parse_answer(calls.HostDescription, answer).templates:
+            try:
+                await self._db.transaction(_upsert_base, image)
+            except ConstraintViolated as err:
+                log.warning("template_refused", template=image.name, constraint=err.name)
 
-    async def _reconcile(self) -> None:
+    async def _reconcile(self, endings: trio.Nursery) -> bool:
+        """One round; False when the outbox has news that is not in the rows yet."""
         rows = await self._db.run(sandboxes.on_host, self._host)
         answer = await self._links.call(self._host, "host.list", {}, timeout=CALL_TIMEOUT)
-        listing = calls.parse(calls.HostListing, answer)
+        listing = parse_answer(calls.HostListing, answer)
         for step in plan(rows, listing, datetime.now(UTC)):
             match step:
                 case Change():
-                    await self._db.transaction(_apply, step)
+                    await self._apply(step)
                 case DestroyAgain(row=row):
-                    await self._destroy(row.id, "its row is stopping")
-        await self._end_strangers(strangers(rows, listing))
-        if listing.outbox:
-            last = max(entry.sequence for entry in listing.outbox)
-            await self._links.call(
-                self._host, "host.acknowledge", calls.body_of(calls.Acknowledge(sequence=last)), timeout=CALL_TIMEOUT
-            )
+                    self._end(row.id, "its row is stopping", endings)
+        await self._end_strangers(strangers(rows, listing), endings)
+        return await self._acknowledge(listing)
 
-    async def _end_strangers(self, found: Iterable[UUID]) -> None:
+    async def _apply(self, step: Change) -> None:
+        try:
+            await self._db.transaction(_change, step)
+        except ConstraintViolated as err:
+            log.exception("row_not_reconciled", sandbox_id=str(step.row.id), constraint=err.name)
+
+    async def _acknowledge(self, listing: HostListing) -> bool:
+        """Let go of the entries, from the oldest on, that the rows do not need any more; False when some are left."""
+        entries = sorted(listing.outbox, key=lambda entry: entry.sequence)[:MAX_AT_ONCE]
+        if not entries:
+            return True
+        rows = await self._db.run(_rows_of, {UUID(entry.sandbox_id) for entry in entries})
+        done: list[OutboxEntry] = []
+        for entry in entries:
+            if not settled(rows.get(UUID(entry.sandbox_id)), self._host):
+                break
+            done.append(entry)
+        if done:
+            body = calls.body_of(calls.Acknowledge(sequence=done[-1].sequence))
+            await self._links.call(self._host, "host.acknowledge", body, timeout=CALL_TIMEOUT)
+        return len(done) == len(listing.outbox)
+
+    async def _end_strangers(self, found: set[UUID], endings: trio.Nursery) -> None:
         """End VMs that no row needs: at once when the row has ended, after a grace when there is none."""
-        found = set(found)
-        self._strangers = {one: since for one, since in self._strangers.items() if one in found}
-        for sandbox in found:
-            row = await self._db.run(sandboxes.get_any, sandbox)
+        now = trio.current_time()
+        known = {one: since for one, since in self._strangers.items() if one in found}
+        self._strangers = known | dict.fromkeys(sorted(found - known.keys())[: MAX_AT_ONCE - len(known)], now)
+        rows = await self._db.run(_rows_of, self._strangers.keys()) if self._strangers else {}
+        for sandbox, since in self._strangers.items():
+            row = rows.get(sandbox)
             if row is not None and row.status not in FINAL and row.host_id == self._host:
                 continue  # committed after the rows were read
-            since = self._strangers.setdefault(sandbox, trio.current_time())
-            if row is not None or trio.current_time() - since >= STRANGER_GRACE:
-                await self._destroy(sandbox, "its row has ended" if row else "it has no row")
+            if row is not None or now - since >= STRANGER_GRACE:
+                self._end(sandbox, "its row has ended" if row else "it has no row", endings)
+
+    def _end(self, sandbox: UUID, why: str, endings: trio.Nursery) -> None:
+        """Beside everything else: one that does not end must not hold up the rows of the others."""
+        if sandbox not in self._ending and len(self._ending) < MAX_AT_ONCE:
+            self._ending.add(sandbox)
+            endings.start_soon(self._destroy, sandbox, why)
 
     async def _destroy(self, sandbox: UUID, why: str) -> None:
         log.warning("stray_vm_destroyed", sandbox_id=str(sandbox), why=why)
         body = calls.body_of(calls.SandboxRef(sandbox_id=str(sandbox)))
-        await self._links.call(self._host, "sandbox.destroy", body, timeout=CALL_TIMEOUT)
+        try:
+            await self._links.call(self._host, "sandbox.destroy", body, timeout=CALL_TIMEOUT)
+        except Fault as fault:
+            log.warning("stray_vm_stays", sandbox_id=str(sandbox), code=fault.code, message=fault.message)
+        finally:
+            self._ending.discard(sandbox)
 
 
-async def _upsert_base(tx: Connection, image: calls.TemplateDescription) -> None:
-    await templates.upsert_base(tx, name=image.name, size_bytes=image.size_bytes)
+async def _upsert_base(tx: Connection, image: TemplateDescription) -> None:
+    await templates.upsert_base(tx, name=image.name, size_bytes=min(max(image.size_bytes, 0), 2**63 - 1))
 
 
-async def _apply(tx: Connection, step: Change) -> SandboxRow | None:
+async def _rows_of(connection: Connection, ids: Collection[UUID]) -> dict[UUID, SandboxRow]:
+    found = [await sandboxes.get_any(connection, one) for one in ids]
+    return {row.id: row for row in found if row is not None}
+
+
+async def _change(tx: Connection, step: Change) -> None:
     changed = await sandboxes.change_status(
         tx,
         step.row.id,
@@ -137,4 +197,3 @@ async def _apply(tx: Connection, step: Change) -> SandboxRow | None:
             to_status=step.to_status,
             reason=step.reason,
         )
-    return changed

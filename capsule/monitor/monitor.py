@@ -8,7 +8,7 @@ Dies when: the control plane stops. Losing the lead (advisory lock) ends the fol
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVarTuple
 
 import structlog
 import trio
@@ -19,6 +19,7 @@ from capsule.db.queries import audit, hosts, sandboxes
 from capsule.monitor.host import HostFollower
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from uuid import UUID
 
     from capsule.config import Settings
@@ -30,10 +31,15 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+Ts = TypeVarTuple("Ts")
+
 LEAD_KEY = "monitor"
 INTERVAL = 5.0
 OVERDUE_MARGIN = timedelta(seconds=10)
 """Beyond a row's own deadline: whoever works on it has given up by then."""
+HEARTBEAT_MARGIN = 10.0
+"""Seconds a heartbeat may take. When all control planes were away, nobody could be heard: silence counts only after one
+interval, and this, of listening."""
 BECOMES_MISSING = frozenset({Status.RUNNING, Status.PAUSING, Status.RESUMING})
 
 
@@ -45,6 +51,7 @@ class Monitor:
         self._links = links
         self._settings = settings
         self._followers: dict[UUID, trio.CancelScope] = {}
+        self._listens_since = 0.0
         self.leading = False
 
     async def run(self) -> None:
@@ -62,6 +69,7 @@ class Monitor:
     async def _lead(self, lost: trio.Event) -> None:
         log.info("monitor_leads")
         self.leading = True
+        self._listens_since = trio.current_time()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_watch, nursery)
@@ -75,14 +83,26 @@ class Monitor:
     async def _keep_watch(self, nursery: trio.Nursery) -> None:
         while True:
             try:
-                live = await self._db.run(_registered)
-                self._follow(live, nursery)
-                for host in live:
-                    await self._judge(host)
-                await self._db.transaction(_end_overdue, datetime.now(UTC) - OVERDUE_MARGIN)
-            except (DatabaseUnavailable, ConstraintViolated) as err:
+                await self._look(nursery)
+            except DatabaseUnavailable as err:
                 log.warning("monitor_round_failed", reason=str(err))
             await trio.sleep(INTERVAL)
+
+    async def _look(self, nursery: trio.Nursery) -> None:
+        """One round over all hosts and all overdue rows; one that the database refuses does not hold up the others."""
+        live = await self._db.run(_registered)
+        self._follow(live, nursery)
+        for host in live:
+            if (status := self._verdict(host)) != host.status:
+                await self._write(_mark, host, status)
+        for row in await self._db.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
+            await self._write(_end_overdue, row)
+
+    async def _write(self, fn: Callable[[Connection, *Ts], Awaitable[None]], *args: *Ts) -> None:
+        try:
+            await self._db.transaction(fn, *args)
+        except ConstraintViolated as err:
+            log.exception("monitor_write_refused", constraint=err.name)
 
     def _follow(self, live: list[HostRow], nursery: trio.Nursery) -> None:
         ids = {host.id for host in live}
@@ -92,14 +112,14 @@ class Monitor:
         for host in self._followers.keys() - ids:
             self._followers.pop(host).cancel()
 
-    async def _judge(self, host: HostRow) -> None:
-        """A host that is silent is unreachable, one that is heard again is online."""
+    def _verdict(self, host: HostRow) -> str:
+        """The status a host should have: one that is silent is unreachable, one that is heard again is online."""
         heard = host.last_heartbeat or host.created_at
         silent = datetime.now(UTC) - heard > timedelta(seconds=self._settings.heartbeat_timeout)
-        if silent and host.status == "online":
-            await self._db.transaction(_mark, host, "unreachable")
-        elif not silent and host.status == "unreachable":
-            await self._db.transaction(_mark, host, "online")
+        listened = trio.current_time() - self._listens_since
+        if silent and host.status == "online" and listened > self._settings.heartbeat_interval + HEARTBEAT_MARGIN:
+            return "unreachable"
+        return "online" if host.status == "unreachable" and not silent else host.status
 
 
 async def _run_in(scope: trio.CancelScope, follower: HostFollower) -> None:
@@ -138,13 +158,12 @@ async def _mark(tx: Connection, host: HostRow, status: str) -> None:
                 await _change(tx, row, Status.MISSING, f"its host was last heard at {host.last_heartbeat}")
 
 
-async def _end_overdue(tx: Connection, before: datetime) -> None:
-    """Rows whose maker is gone and that no host knows (a host that does has made them running long before)."""
-    for row in await sandboxes.overdue(tx, before):
-        if row.status in {Status.PENDING, Status.STARTING}:
-            await _change(tx, row, Status.ERROR, "it was not started in time")
-        elif row.status == Status.STOPPING and row.host_id is None:
-            await _change(tx, row, Status.STOPPED, None)
+async def _end_overdue(tx: Connection, row: SandboxRow) -> None:
+    """A row whose maker is gone and that no host knows (a host that does has made it running long before)."""
+    if row.status in {Status.PENDING, Status.STARTING}:
+        await _change(tx, row, Status.ERROR, "it was not started in time")
+    elif row.status == Status.STOPPING and row.host_id is None:
+        await _change(tx, row, Status.STOPPED, None)
 
 
 async def _change(tx: Connection, row: SandboxRow, to_status: Status, reason: str | None) -> None:

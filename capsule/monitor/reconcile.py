@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from agent.wire.lifecycle import Status
+from capsule.hosts.answers import storable_address, storable_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,6 +39,9 @@ class DestroyAgain:
 
 Step = Change | DestroyAgain
 
+ENDED_BY_ENTRY = frozenset({Status.STARTING, Status.RUNNING, Status.MISSING})
+"""Whatever of these the host says it lost, is lost."""
+
 
 def plan(rows: Iterable[SandboxRow], listing: HostListing, now: datetime) -> list[Step]:
     """Steps for the rows of one host (those that live or rest there)."""
@@ -52,6 +56,11 @@ def strangers(rows: Iterable[SandboxRow], listing: HostListing) -> set[UUID]:
     return {UUID(state.sandbox_id) for state in listing.sandboxes} - {row.id for row in rows}
 
 
+def settled(row: SandboxRow | None, host: UUID) -> bool:
+    """Whether what `host`'s outbox tells of this row is safe in it, or of no use to it; `row` as it is by now."""
+    return row is None or row.host_id != host or row.status not in ENDED_BY_ENTRY
+
+
 def _step(row: SandboxRow, vm: SandboxState | None, entry: OutboxEntry | None, now: datetime) -> Step | None:
     overdue = row.transition_deadline is not None and row.transition_deadline < now
     match row.status:
@@ -59,11 +68,11 @@ def _step(row: SandboxRow, vm: SandboxState | None, entry: OutboxEntry | None, n
             return Change(row, Status.STOPPED)
         case Status.STOPPING if overdue and vm is not None and vm.status != Status.STOPPING:
             return DestroyAgain(row)
-        case Status.STARTING | Status.RUNNING | Status.MISSING if entry is not None:
+        case status if status in ENDED_BY_ENTRY and entry is not None:
             # Whether or not the listing still shows it: what is left is being removed, and the entry comes only once.
-            return Change(row, Status.ERROR, reason=entry.reason)
+            return Change(row, Status.ERROR, reason=storable_text(entry.reason) or "its VM ended")
         case Status.STARTING | Status.MISSING if vm is not None and vm.status == Status.RUNNING:
-            return Change(row, Status.RUNNING, host_ip=vm.host_ip or None)
+            return Change(row, Status.RUNNING, host_ip=storable_address(vm.host_ip))
         case Status.STARTING if vm is None and overdue:
             return Change(row, Status.ERROR, reason="it was not started in time")
         case Status.RUNNING | Status.MISSING if vm is None:
