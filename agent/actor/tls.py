@@ -6,14 +6,16 @@ Our framing tells a cut connection from a finished one, so there is no closing h
 from __future__ import annotations
 
 import errno
+import operator
 import socket
 import ssl
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
 HANDSHAKE_TIMEOUT = 10.0
 READ_BYTES = 256 * 1024
@@ -28,6 +30,7 @@ class TlsStream(trio.abc.Stream):
         self._read_buffer = bytearray(READ_BYTES)
         self._read_view = memoryview(self._read_buffer)
         self._writable = trio.Lock()
+        self._sending = False
 
     async def handshake(self) -> None:
         """Complete the TLS handshake. Raises BrokenResourceError with the reason when the peer is refused."""
@@ -52,7 +55,7 @@ class TlsStream(trio.abc.Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write everything. After a cancellation the stream is unusable: cancel only to close it."""
         await trio.lowlevel.checkpoint()
-        with memoryview(data) as view:
+        with self._only_sender(), memoryview(data) as view:
             sent = 0
             while sent < len(view):
                 try:
@@ -66,12 +69,16 @@ class TlsStream(trio.abc.Stream):
 
     async def wait_send_all_might_not_block(self) -> None:
         """Part of the Stream interface."""
-        await self._wait_writable()
+        await trio.lowlevel.checkpoint()
+        with self._only_sender():
+            await self._wait_writable()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """What has arrived, at least one byte; empty at the end. Drains whole TLS records per wake-up."""
         await trio.lowlevel.checkpoint()
-        want = min(max_bytes or READ_BYTES, READ_BYTES)
+        want = min(READ_BYTES if max_bytes is None else operator.index(max_bytes), READ_BYTES)
+        if want < 1:
+            raise ValueError("max_bytes must be at least 1")
         got = 0
         while True:
             try:
@@ -99,6 +106,19 @@ class TlsStream(trio.abc.Stream):
             trio.lowlevel.notify_closing(self._sock)
             self._sock.close()
         await trio.lowlevel.checkpoint()
+
+    @contextmanager
+    def _only_sender(self) -> Iterator[None]:
+        """A second writer would put its bytes into the middle of the first one's."""
+        if self._sock.fileno() < 0:
+            raise trio.ClosedResourceError("closed")
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending")
+        self._sending = True
+        try:
+            yield
+        finally:
+            self._sending = False
 
     async def _wait_writable(self) -> None:
         async with self._writable:
@@ -150,6 +170,7 @@ async def serve_tls(
 async def _secure(plain: trio.SocketStream, context: ssl.SSLContext, *, server_side: bool) -> TlsStream:
     raw = socket.socket(fileno=plain.socket.detach())
     try:
+        raw.getpeername()  # SSLSocket leaks the socket when it finds out by itself
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         raw.setblocking(False)
         stream = TlsStream(context.wrap_socket(raw, server_side=server_side, do_handshake_on_connect=False))
