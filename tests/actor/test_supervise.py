@@ -56,9 +56,8 @@ async def test_too_many_failures(autojump_clock, logs):
     assert len(task.started) == 4
     assert isinstance(caught.value.__cause__, ValueError)
     assert [str(error) for error in seen] == ["1", "2", "3", "4"]
-    assert [(e["event"], e["task"], e["restart_in"]) for e in logs] == [
-        ("task_failed", "t", d) for d in (0.5, 1.0, 2.0)
-    ]
+    assert {(entry["event"], entry["task"]) for entry in logs} == {("task_failed", "t")}
+    assert [entry["restart_in"] for entry in logs] == [0.5, 1.0, 2.0]
 
 
 async def test_no_restarts_at_all(autojump_clock):

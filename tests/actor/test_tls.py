@@ -146,8 +146,7 @@ async def test_a_cut_connection_is_an_end_or_broken(make_pair):
         with contextlib.suppress(trio.BrokenResourceError):
             assert await near.receive_some() == b""
         with pytest.raises(trio.BrokenResourceError):
-            while True:
-                await near.send_all(b"x" * 1000)
+            await near.send_all(b"x" * 10_000_000)
 
 
 async def test_noise_instead_of_tls_is_broken(make_pair):
@@ -254,9 +253,8 @@ async def test_a_client_gone_before_the_server_looked_is_broken(words, contexts)
 async def test_a_handshake_that_never_comes_times_out(contexts, monkeypatch):
     """Both sides give up after HANDSHAKE_TIMEOUT."""
     monkeypatch.setattr(tls, "HANDSHAKE_TIMEOUT", 0.05)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        with pytest.raises(trio.BrokenResourceError, match="timed out"):
-            await connect_tls("127.0.0.1", silent.getsockname()[1], contexts[0])
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(trio.BrokenResourceError, match="timed out"):
+        await connect_tls("127.0.0.1", silent.getsockname()[1], contexts[0])
 
 
 async def test_nobody_listens(contexts):
