@@ -9,14 +9,15 @@ whatever it sends is checked by the link, and costs its own connection at worst.
 from __future__ import annotations
 
 import math
-import socket
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
 
 from agent.actor.peer import OpenedStream, OpenerPeer
+from agent.actor.supervise import RestartPolicy
 from agent.wire.faults import Fault, FaultCode
 
 if TYPE_CHECKING:
@@ -27,53 +28,79 @@ log = structlog.get_logger()
 GUEST_PORT = 5000
 ATTEMPT_TIMEOUT = 0.5
 """One try to connect. Short: while the guest boots, the kernel's own SYN retries come a second and more apart."""
-PAUSE = 0.05
+SHORTEST_PAUSE = 0.05
+LONGEST_PAUSE = 1.0
+PAUSE_SHARE = 0.02
+"""Between tries, of the time waited so far: a boot is noticed 2 % late, a guest without a daemon costs little."""
+RECONNECT = RestartPolicy(first_delay=0.05, max_delay=10)
+"""A guest that breaks every connection pays with its own time, not with ours."""
+STABLE = 10.0
+"""Seconds after which a connection counts as a good one."""
 CONNECT_TIMEOUT = 15.0
 """How long a call waits for a connection that is being made again."""
+MAX_GUEST_FRAME_BYTES = 1280 * 1024
+"""The guest daemon's largest answer, `processes.list` of 128 processes, is 1.1 MiB. Larger ones are not worth the time
+that decoding a hostile one takes."""
+
+Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
+
+
+async def connect_tcp(address: str, port: int) -> trio.SocketStream:
+    """One try. Raises OSError."""
+    sock = trio.socket.socket()
+    try:
+        await sock.connect((address, port))
+        return trio.SocketStream(sock)
+    except BaseException:
+        sock.close()
+        raise
 
 
 class GuestLink:
-    """Keeps a connection to the guest daemon at `address`."""
+    """Keeps a connection to the guest daemon at `address`, an IPv4 address."""
 
-    def __init__(self, address: str, port: int = GUEST_PORT) -> None:
+    def __init__(self, address: str, port: int = GUEST_PORT, *, connect: Connect = connect_tcp) -> None:
         self._address = address
         self._port = port
+        self._connect = connect
         self._peer: OpenerPeer | None = None
         self._connected = trio.Event()
 
     async def run(self) -> None:
         """Connect, serve, connect again; until cancelled."""
+        failures = 0
         while True:
-            stream = await self._dial()
-            peer = OpenerPeer(stream)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._run_peer, peer, nursery.cancel_scope)
-                await peer.ready()
-                self._peer = peer
-                self._connected.set()
-            self._peer = None
-            self._connected = trio.Event()
-            log.info("guest_connection_lost", address=self._address, reason=peer.reason)
-            await trio.sleep(PAUSE)
+            peer = OpenerPeer(await self._dial(), max_frame_bytes=MAX_GUEST_FRAME_BYTES)
+            began = trio.current_time()
+            try:
+                await self._serve(peer)
+            finally:
+                self._peer = None
+                self._connected = trio.Event()
+            failures = 1 if trio.current_time() - began >= STABLE else failures + 1
+            pause = RECONNECT.delay(failures)
+            log.info("guest_connection_lost", address=self._address, reason=peer.reason, retry_seconds=pause)
+            await trio.sleep(pause)
 
-    async def _run_peer(self, peer: OpenerPeer, scope: trio.CancelScope) -> None:
-        await peer.run()
-        scope.cancel()
+    async def _serve(self, peer: OpenerPeer) -> None:
+        """One connection, to its end."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, peer)
+            await peer.run()
+            nursery.cancel_scope.cancel()
 
-    async def _dial(self) -> trio.SocketStream:
+    async def _announce(self, peer: OpenerPeer) -> None:
+        await peer.ready()
+        self._peer = peer
+        self._connected.set()
+
+    async def _dial(self) -> trio.abc.Stream:
+        began = trio.current_time()
         while True:
-            with trio.move_on_after(ATTEMPT_TIMEOUT):
-                sock = trio.socket.socket()
-                try:
-                    await sock.connect((self._address, self._port))
-                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    return trio.SocketStream(sock)
-                except OSError:
-                    sock.close()
-                except trio.Cancelled:
-                    sock.close()
-                    raise
-            await trio.sleep(PAUSE)
+            with trio.move_on_after(ATTEMPT_TIMEOUT), suppress(OSError):
+                return await self._connect(self._address, self._port)
+            waited = trio.current_time() - began
+            await trio.sleep(min(max(SHORTEST_PAUSE, waited * PAUSE_SHARE), LONGEST_PAUSE))
 
     async def wait_connected(self, deadline: float) -> OpenerPeer:
         """The live peer. Fault `unavailable` when there is none until `deadline` (Trio time)."""

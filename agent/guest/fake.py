@@ -6,14 +6,13 @@ answers what `programs` says.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import trio
 
-from agent.actor.peer import OpenedStream, OpenerPeer
-from agent.actor.server import ServedStream, ServerPeer
+from agent.actor.server import Handler, ServedStream, ServerPeer
+from agent.guest.client import GuestLink
 from agent.wire.calls import NOTICE_CHANNEL, STDOUT_CHANNEL
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.messages import Body
@@ -27,50 +26,50 @@ def echo(body: Body) -> tuple[bytes, int]:
 
 
 class FakeGuest:
-    """Keeps `agent.guest.driver.Guest`. `boots` False: it never answers."""
+    """A VM's guest daemon together with the host's link to it, which is the real one: keeps `agent.guest.driver.Guest`.
 
-    def __init__(self, address: str, *, program: Program = echo, boots: bool = True) -> None:
+    `boots` False: it never answers. `answer` serves the requests (see `agent.actor.server.Handler`).
+    """
+
+    def __init__(
+        self, address: str, *, program: Program = echo, boots: bool = True, answer: Handler | None = None
+    ) -> None:
         self.address = address
+        self.boots = boots
         self.configured: Body = {}
+        self.connections = 0
         self._program = program
-        self._boots = boots
-        self._peer: OpenerPeer | None = None
-        self._connected = trio.Event()
+        self._answer = answer or self.answer
+        self._link = GuestLink(address, connect=self._connect)
+        self._server: ServerPeer | None = None
+        self._nursery: trio.Nursery | None = None
+        self.wait_connected = self._link.wait_connected
+        self.call = self._link.call
+        self.open_stream = self._link.open_stream
 
     async def run(self) -> None:
         """Serve and keep the connection; until cancelled."""
-        if not self._boots:
-            await trio.sleep_forever()
-        near, far = _stream_pair()
-        server = ServerPeer(far, self._answer)
-        peer = OpenerPeer(near)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.run)
-            await nursery.start(peer.run)
-            self._peer = peer
-            self._connected.set()
+            self._nursery = nursery
+            await self._link.run()
 
-    async def wait_connected(self, deadline: float) -> object:
-        """See Guest."""
-        with trio.move_on_at(deadline):
-            await self._connected.wait()
-            return self._peer
-        raise Fault(FaultCode.UNAVAILABLE, "the guest daemon does not answer", retryable=True)
+    def hang_up(self) -> None:
+        """Close the connection, as a guest daemon does that is killed."""
+        if self._server is not None:
+            self._server.close()
 
-    async def call(self, method: str, body: Body, *, timeout: float) -> Body:  # noqa: ASYNC109
-        """See Guest."""
-        async with self.open_stream(method, body, timeout=timeout) as stream:
-            return await stream.reply()
+    async def _connect(self, _address: str, _port: int) -> trio.abc.Stream:
+        await trio.lowlevel.checkpoint()
+        if not self.boots or self._nursery is None:
+            raise ConnectionRefusedError
+        near, far = _stream_pair()
+        self._server = ServerPeer(far, self._answer)
+        self._nursery.start_soon(self._server.run)
+        self.connections += 1
+        return near
 
-    @asynccontextmanager
-    async def open_stream(self, method: str, body: Body, *, timeout: float) -> AsyncIterator[OpenedStream]:  # noqa: ASYNC109
-        """See Guest."""
-        await self.wait_connected(trio.current_time() + timeout)
-        assert self._peer is not None  # noqa: S101 - connected
-        async with self._peer.open_stream(method, body, timeout=timeout) as stream:
-            yield stream
-
-    async def _answer(self, method: str, body: Body, stream: ServedStream) -> dict[str, Any]:
+    async def answer(self, method: str, body: Body, stream: ServedStream) -> dict[str, Any]:
+        """What a guest daemon says that needs no operating system."""
         match method:
             case "configure":
                 self.configured = body

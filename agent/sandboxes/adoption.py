@@ -10,14 +10,16 @@ import fcntl
 import os
 import time
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 import trio
 
-from agent.sandboxes.build import spec
-from agent.vmm.driver import Vm, VmProcess
+from agent.net.addresses import FIRST_SLOT, LAST_SLOT
+from agent.sandboxes.build import DISK_FILE, spec
+from agent.sandboxes.removal import forget
+from agent.storage.overlay import StorageError
+from agent.vmm.driver import Vm, VmmError, VmProcess
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from agent.sandboxes.records import Record
 
 log = structlog.get_logger()
+
+SLOT_NUMBERS = range(FIRST_SLOT, LAST_SLOT + 1)
 
 
 class StateDirectoryInUse(Exception):  # noqa: N818 - reads as what happened
@@ -54,26 +58,28 @@ def lock_state_directory(root: Path) -> int:
 
 
 async def adopt_all(parts: HostParts) -> list[Adopted]:
-    """Adopt and collect; afterwards disk and process table hold what the result says and nothing else."""
+    """Adopt and collect; afterwards disk and process table hold what the result says, and what would not go.
+
+    The latter keeps its slot and is tried again at the next start: one VM that hangs in the kernel, or a disk that
+    fails, must not keep the agent from its other VMs.
+    """
     began = time.perf_counter()
     records = await trio.to_thread.run_sync(parts.state.load)
     processes = await trio.to_thread.run_sync(parts.vms.find_orphans, parts.state.sandboxes)
-    alive: list[tuple[Record, Vm]] = []
+    alive: dict[int, tuple[Record, Vm]] = {}
+    stuck: set[int] = set()
     for sandbox_id, record in records.items():
         process = processes.pop(parts.state.directory(sandbox_id), None)
         vm = await _adopt(parts, record, process)
-        if record is not None and vm is not None:
-            alive.append((record, vm))
-            continue
-        if record is not None and record.phase == "running":
-            await parts.outbox.append(sandbox_id, "died", "its VM was gone when the host's agent came back")
-        await _collect(parts, sandbox_id, process)
+        if record is not None and vm is not None and record.slot not in alive:
+            alive[record.slot] = (record, vm)
+        elif not await _collect(parts, sandbox_id, record, process) and record is not None:
+            stuck.add(record.slot)
     for directory, process in processes.items():
-        log.warning("orphan_vm_killed", directory=str(directory), pid=process.pid)
-        await parts.vms.kill_process(process)
+        await _kill_stray(parts, directory, process)
     await parts.vms.remove_leftovers()
-    leases = parts.slots.adopt(record.slot for record, _ in alive)
-    adopted = [Adopted(record, vm, leases[record.slot]) for record, vm in alive]
+    leases = parts.slots.adopt(number for number in alive.keys() | stuck if number in SLOT_NUMBERS)
+    adopted = [Adopted(record, vm, leases[number]) for number, (record, vm) in alive.items()]
     log.info("adoption_done", adopted=len(adopted), found=len(records), seconds=round(time.perf_counter() - began, 3))
     return adopted
 
@@ -81,13 +87,37 @@ async def adopt_all(parts: HostParts) -> list[Adopted]:
 async def _adopt(parts: HostParts, record: Record | None, process: VmProcess | None) -> Vm | None:
     if record is None or record.phase != "running" or record.process is None or process is None:
         return None
-    return await parts.vms.adopt(
-        spec(parts, record, tap_fd=-1), VmProcess(record.process.pid, record.process.start_time)
-    )
+    if record.slot not in SLOT_NUMBERS:
+        return None
+    try:
+        description = spec(parts, record, tap_fd=-1)
+    except ValueError as err:
+        log.error("sandbox_record_impossible", sandbox_id=record.sandbox_id, error=str(err))  # noqa: TRY400
+        return None
+    return await parts.vms.adopt(description, VmProcess(record.process.pid, record.process.start_time))
 
 
-async def _collect(parts: HostParts, sandbox_id: str, process: VmProcess | None) -> None:
+async def _collect(parts: HostParts, sandbox_id: str, record: Record | None, process: VmProcess | None) -> bool:
+    """Remove what is left of one sandbox; False when it would not go."""
     log.info("leftover_collected", sandbox_id=sandbox_id, vm=process is not None)
-    if process is not None:
+    try:
+        if process is not None:
+            await parts.vms.kill_process(process)
+        await parts.overlays.remove(parts.state.directory(sandbox_id) / DISK_FILE)
+        if record is not None and record.phase == "running":
+            await parts.outbox.append(sandbox_id, "died", "its VM was gone when the host's agent came back")
+        await forget(parts, sandbox_id)
+    except (VmmError, StorageError, OSError) as err:
+        log.error("leftover_not_collected", sandbox_id=sandbox_id, error=str(err))  # noqa: TRY400
+        return False
+    return True
+
+
+async def _kill_stray(parts: HostParts, directory: Path, process: VmProcess) -> None:
+    """End a VM whose directory has gone."""
+    try:
         await parts.vms.kill_process(process)
-    await trio.to_thread.run_sync(partial(parts.state.forget, sandbox_id))
+    except VmmError as err:
+        log.error("stray_vm_not_killed", directory=str(directory), pid=process.pid, error=str(err))  # noqa: TRY400
+    else:
+        log.warning("stray_vm_killed", directory=str(directory), pid=process.pid)

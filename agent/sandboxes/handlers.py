@@ -22,6 +22,7 @@ from agent.wire.calls import (
     parse,
 )
 from agent.wire.faults import Fault, FaultCode
+from agent.wire.lifecycle import Status
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -53,6 +54,8 @@ class Handlers:
                 return await self._watch(stream)
             case "host.acknowledge":
                 await self._outbox.acknowledge(parse(Acknowledge, body).sequence)
+                if self._outbox.entries():
+                    self._manager.changed()  # a listing shows only so many of them
                 return {}
             case "sandbox.create":
                 sandbox = await self._manager.create(parse(CreateSandbox, body))
@@ -84,7 +87,7 @@ class Handlers:
                 async with sandbox.guest().open_stream(method, question, timeout=timeout) as opened:
                     return await _join(served, opened)
             except Fault as fault:
-                raise _explain(fault, ended=sandbox.gone_or_going()) from fault
+                raise _explain(fault, ended=sandbox.ending()) from fault
             finally:
                 sandbox.touch()
 
@@ -114,11 +117,13 @@ async def _quietly(up: Callable[[], Awaitable[None]]) -> None:
 
 
 def _explain(fault: Fault, *, ended: bool) -> Fault:
-    """A lost guest connection in words for the user."""
+    """A guest's fault, or a lost guest connection, in words for the user."""
     if fault.code != FaultCode.UNAVAILABLE:
-        return fault
+        # `object` is our word for what was not found on this host; a guest cannot say that its sandbox is gone.
+        details = {key: value for key, value in fault.details.items() if key != "object"}
+        return Fault(fault.code, fault.message, retryable=fault.retryable, details=details)
     if ended:
-        return Fault(FaultCode.INVALID_STATE, "the sandbox was stopped", details={"status": "stopping"})
+        return Fault(FaultCode.INVALID_STATE, "the sandbox was stopped", details={"status": Status.STOPPING})
     return Fault(
         FaultCode.UNAVAILABLE, "the connection into the sandbox was lost; its state is unknown", retryable=True
     )

@@ -19,7 +19,6 @@ from agent.sandboxes.records import Record
 from agent.sandboxes.sandbox import Sandbox
 from agent.wire.calls import CreateSandbox, HostListing
 from agent.wire.faults import Fault, FaultCode
-from agent.wire.lifecycle import Status
 
 if TYPE_CHECKING:
     from agent.images.store import Image
@@ -30,6 +29,9 @@ log = structlog.get_logger()
 
 MAX_TOMBSTONES = 4096
 """Ids remembered as ended, so that a create that was held up on the way cannot bring one back."""
+
+MAX_LISTED_ENTRIES = 256
+"""Outbox entries in one listing: at most 0.6 MB, so that a long absence of the control plane fits into a frame."""
 
 
 class Manager:
@@ -65,12 +67,17 @@ class Manager:
             else:
                 await sandbox.run_adopted(start.vm, start.slot)
         finally:
-            if self._sandboxes.get(sandbox.id) is sandbox:
-                del self._sandboxes[sandbox.id]
+            # Nobody can have taken its place: `_admit` makes none while the id is in the table.
+            del self._sandboxes[sandbox.id]
+            if sandbox.ending() or not sandbox.clean:  # one that never ran may be tried again
+                self._bury(sandbox.id)
             self.changed()
 
     async def create(self, request: CreateSandbox) -> Sandbox:
         """The sandbox of this id, newly started unless it is there. Raises Fault without having done anything."""
+        existing = self._existing(request.sandbox_id)
+        if existing is not None:
+            return existing
         try:
             image = await trio.to_thread.run_sync(self._parts.images.load, request.template)
         except ImagesError as err:
@@ -80,13 +87,9 @@ class Manager:
 
     def _admit(self, request: CreateSandbox, image: Image) -> Sandbox:
         """Without waiting between the questions and the entry in the table: two at once get one sandbox."""
-        existing = self._sandboxes.get(request.sandbox_id)
+        existing = self._existing(request.sandbox_id)
         if existing is not None:
-            if existing.status not in {Status.STARTING, Status.RUNNING}:
-                raise Fault(FaultCode.INVALID_STATE, f"the sandbox is {existing.status}")
             return existing
-        if request.sandbox_id in self._ended:
-            raise Fault(FaultCode.INVALID_STATE, "the sandbox was destroyed")
         if self._draining or self._nursery is None:
             raise Fault(FaultCode.DRAINING, "this host takes no new sandboxes", retryable=True)
         taken = sum(sandbox.memory_mb() for sandbox in self._sandboxes.values())
@@ -100,6 +103,13 @@ class Manager:
         self._sandboxes[sandbox.id] = sandbox
         self._nursery.start_soon(self._keep, sandbox, dict(request.envs))
         self.changed()
+        return sandbox
+
+    def _existing(self, sandbox_id: str) -> Sandbox | None:
+        """The sandbox if there is one, also when its start is failing: it will say why. Fault once it has ended."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox_id in self._ended or (sandbox is not None and sandbox.ending()):
+            raise Fault(FaultCode.INVALID_STATE, "the sandbox has ended")
         return sandbox
 
     @staticmethod
@@ -119,12 +129,15 @@ class Manager:
 
     async def destroy(self, sandbox_id: str, *, deadline: float) -> None:
         """End a sandbox and wait until nothing is left; nothing to do for one that is not here."""
-        self._ended[sandbox_id] = None
-        while len(self._ended) > MAX_TOMBSTONES:
-            self._ended.popitem(last=False)
+        self._bury(sandbox_id)
         sandbox = self._sandboxes.get(sandbox_id)
         if sandbox is not None:
             await sandbox.destroy().wait(deadline=deadline)
+
+    def _bury(self, sandbox_id: str) -> None:
+        self._ended[sandbox_id] = None
+        while len(self._ended) > MAX_TOMBSTONES:
+            self._ended.popitem(last=False)
 
     def find(self, sandbox_id: str) -> Sandbox:
         """The sandbox of this id. Fault `not_found` when it does not live here."""
@@ -134,10 +147,10 @@ class Manager:
         return sandbox
 
     def listing(self) -> HostListing:
-        """What lives here, and what the outbox holds."""
+        """What lives here, and what the outbox holds; of very much only the oldest, until it is acknowledged."""
         return HostListing(
             sandboxes=[sandbox.state() for sandbox in self._sandboxes.values()],
-            outbox=self._parts.outbox.entries(),
+            outbox=self._parts.outbox.entries()[:MAX_LISTED_ENTRIES],
         )
 
     def drain(self) -> None:

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
+import structlog
 import trio
 
 from agent.sandboxes.records import write_atomically
@@ -18,12 +19,21 @@ from agent.wire.calls import OutboxEntry
 if TYPE_CHECKING:
     from pathlib import Path
 
+log = structlog.get_logger()
+
 MAX_ENTRIES = 10_000
 """More unacknowledged entries than this host can have sandboxes: the oldest would be news to nobody."""
 
+REASON_CHARACTERS = 500
+
+
+def _first_sequence() -> int:
+    """Milliseconds since the epoch: more than any outbox counted to before its file was lost."""
+    return int(time.time() * 1000)
+
 
 class _Stored(msgspec.Struct):
-    next_sequence: int = 1
+    next_sequence: int = msgspec.field(default_factory=_first_sequence)
     entries: list[OutboxEntry] = []
 
 
@@ -36,22 +46,35 @@ class Outbox:
         self._stored = _Stored()
 
     def load(self) -> None:
-        """Read what an earlier agent left (blocking; before the loop has work)."""
-        if self._path.exists():
-            self._stored = msgspec.json.decode(self._path.read_bytes(), type=_Stored)
+        """Read what an earlier agent left (blocking; before the loop has work).
+
+        A file that cannot be read is put aside: what it told is lost, which the control plane sees from the listing;
+        a host that does not start would be worse.
+        """
+        if not self._path.exists():
+            return
+        data = self._path.read_bytes()
+        try:
+            self._stored = msgspec.json.decode(data, type=_Stored)
+        except msgspec.MsgspecError as err:
+            aside = self._path.with_name(f"{self._path.name}.broken")
+            write_atomically(aside, data)
+            self._stored = _Stored()
+            write_atomically(self._path, msgspec.json.encode(self._stored))
+            log.error("outbox_unreadable", kept_as=str(aside), error=str(err))  # noqa: TRY400 - the error says it
 
     def entries(self) -> list[OutboxEntry]:
         """Everything not acknowledged yet, oldest first."""
         return list(self._stored.entries)
 
     async def append(self, sandbox_id: str, event: Literal["died", "destroyed"], reason: str) -> None:
-        """Add an entry; on disk when this returns."""
+        """Add an entry; on disk when this returns. Raises OSError, and then has not changed."""
         async with self._lock:
             entry = OutboxEntry(
                 sequence=self._stored.next_sequence,
                 sandbox_id=sandbox_id,
                 event=event,
-                reason=reason[:1000],
+                reason=reason[:REASON_CHARACTERS].encode(errors="replace").decode(),
                 at=time.time(),
             )
             kept = [*self._stored.entries, entry][-MAX_ENTRIES:]

@@ -14,6 +14,8 @@ import trio
 
 from agent.net.host_network import remove_host_network
 from agent.net.threads import run_in_slot_thread
+from agent.sandboxes.build import DISK_FILE
+from agent.sandboxes.removal import forget
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +32,9 @@ async def purge(parts: HostParts, host_network_file: Path) -> int:
     for process in processes.values():
         await parts.vms.kill_process(process)
     for sandbox_id in records:
+        await parts.overlays.remove(parts.state.directory(sandbox_id) / DISK_FILE)
         await parts.outbox.append(sandbox_id, "destroyed", "its host was purged")
-        await trio.to_thread.run_sync(parts.state.forget, sandbox_id)
+        await forget(parts, sandbox_id)
     await parts.vms.remove_leftovers()
     for number in sorted(await parts.slot_backend.existing()):
         await parts.slot_backend.remove(number)

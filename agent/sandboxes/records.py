@@ -12,7 +12,9 @@ behind is found from here. All functions block on the disk: call them in a threa
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 RECORD_FILE = "record.json"
+
+SANDBOX_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""What a sandbox's directory is called; anything else beside them (`lost+found`, an operator's notes) is not ours."""
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
@@ -75,26 +80,42 @@ class StateDirectory:
     def save(self, record: Record) -> None:
         """Write a record durably; the directory is made for a new sandbox."""
         directory = self.directory(record.sandbox_id)
-        directory.mkdir(mode=0o711, exist_ok=True)
+        directory.mkdir(exist_ok=True)
+        directory.chmod(0o711)  # whatever our umask is
         write_atomically(directory / RECORD_FILE, msgspec.json.encode(record))
 
     def forget(self, sandbox_id: str) -> None:
         """Remove a sandbox's directory; harmless when it is gone."""
         directory = self.directory(sandbox_id)
+        if directory.is_symlink() or directory.is_file():
+            directory.unlink()
+            return
         # The record goes first: half a directory without one is rubbish to collect, a record without its disk is not.
         (directory / RECORD_FILE).unlink(missing_ok=True)
-        shutil.rmtree(directory, ignore_errors=False, onerror=_ignore_missing)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(directory)
 
     def load(self) -> dict[str, Record | None]:
-        """Every sandbox directory with its record; None where the record is missing or unreadable."""
+        """Every sandbox directory with its record; None where the record is missing, unreadable or another one's."""
         found: dict[str, Record | None] = {}
         for directory in self.sandboxes.iterdir():
-            try:
-                found[directory.name] = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Record)
-            except (OSError, msgspec.MsgspecError) as err:
-                log.warning("sandbox_record_unreadable", directory=directory.name, error=str(err))
-                found[directory.name] = None
+            if SANDBOX_ID.fullmatch(directory.name):
+                found[directory.name] = _read(directory)
+            else:
+                log.warning("foreign_entry_ignored", path=str(directory))
         return found
+
+
+def _read(directory: Path) -> Record | None:
+    try:
+        record = msgspec.json.decode((directory / RECORD_FILE).read_bytes(), type=Record)
+    except (OSError, msgspec.MsgspecError) as err:
+        log.warning("sandbox_record_unreadable", directory=directory.name, error=str(err))
+        return None
+    if record.sandbox_id != directory.name:
+        log.warning("sandbox_record_misplaced", directory=directory.name, sandbox_id=record.sandbox_id)
+        return None
+    return record
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -110,8 +131,3 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
-
-
-def _ignore_missing(_function: object, _path: str, error: tuple[type[BaseException], BaseException, object]) -> None:
-    if not isinstance(error[1], FileNotFoundError):
-        raise error[1]

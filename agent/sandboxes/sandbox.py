@@ -10,6 +10,7 @@ Dies when: destroyed, its VM dies, or its build fails; everything it made is the
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,9 +19,9 @@ import structlog
 import trio
 
 from agent.actor.mailbox import Mailbox, ReplySlot
-from agent.actor.supervise import RestartPolicy
+from agent.actor.supervise import RestartPolicy, supervise
 from agent.net.addresses import slot_addresses
-from agent.sandboxes import build
+from agent.sandboxes import build, removal
 from agent.sandboxes.gate import Gate
 from agent.wire.calls import SandboxState
 from agent.wire.faults import Fault, FaultCode
@@ -40,6 +41,10 @@ log = structlog.get_logger()
 MAILBOX_CAPACITY = 8
 CLEAN_UP = RestartPolicy(restarts=8, first_delay=0.2, max_delay=10)
 """How often taking a sandbox down is tried before it is left to the next start of the agent."""
+VM_WATCH = RestartPolicy(max_delay=5)
+"""Watching can fail (no descriptor left, say) where the VM has not."""
+HOST_PATH = re.compile(r"(?<![\w.])(?:/[\w.@+-]+){2,}/?")
+"""A path in a VMM's last words. Users see why their sandbox died, and have no business with our directories."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +54,10 @@ class Destroy:
 
 @dataclass(frozen=True, slots=True)
 class _Ending:
-    """Why a sandbox ends: on command, or by itself with a reason."""
+    """Why a sandbox ends: its build failed, its VM died by itself, or (neither is set) on command."""
 
-    commanded: bool
-    fault: Fault | None = None
+    failed: Fault | None = None
+    died: str | None = None
 
 
 class Sandbox:
@@ -65,9 +70,11 @@ class Sandbox:
         self.gone: ReplySlot[None] = ReplySlot()
         self.gate = Gate()
         self.last_active_at = time.time()
+        self.clean = True
         self._parts = parts
         self._made = build.Made(record)
         self._changed = changed
+        self._news: str | None = None
         self._mailbox: Mailbox[Destroy] = Mailbox(f"sandbox {record.sandbox_id}", MAILBOX_CAPACITY)
 
     # the handle: what others may call
@@ -88,9 +95,9 @@ class Sandbox:
         """Reset the idle clock."""
         self.last_active_at = time.time()
 
-    def gone_or_going(self) -> bool:
-        """Whether the sandbox is no longer running."""
-        return self.status is not Status.RUNNING
+    def ending(self) -> bool:
+        """Whether it was running and is no more."""
+        return self.started.answered() and self.status is not Status.RUNNING
 
     def memory_mb(self) -> int:
         """Memory this sandbox holds or will hold."""
@@ -143,10 +150,10 @@ class Sandbox:
         else:
             try:
                 if not await self._build_unless_stopped(envs, nursery):
-                    return _Ending(commanded=True)
+                    return _Ending()
             except Fault as fault:
                 log.warning("sandbox_build_failed", code=fault.code, message=fault.message)
-                return _Ending(commanded=False, fault=fault)
+                return _Ending(failed=fault)
         self._set(Status.RUNNING)
         self.started.answer(self.state())
         log.info("sandbox_running", adopted=envs is None, **self._made.timings_ms)
@@ -175,43 +182,40 @@ class Sandbox:
 
     async def _watch(self) -> _Ending:
         """Until somebody ends it or the VM dies."""
-        ending = _Ending(commanded=True)
+        ending = _Ending()
 
         async def watch_vm() -> None:
             nonlocal ending
             assert self._made.vm is not None  # noqa: S101 - it runs
             reason = await self._made.vm.wait_exit()
-            ending = _Ending(commanded=False, fault=Fault(FaultCode.INTERNAL, reason))
+            log.error("vm_died", reason=reason)
+            ending = _Ending(died=HOST_PATH.sub("…", reason) or "its VM ended")
             nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(watch_vm)
+            nursery.start_soon(supervise, "vm_watch", watch_vm, VM_WATCH)
             await self._mailbox.receive()
             nursery.cancel_scope.cancel()
         return ending
 
     async def _take_down(self, ending: _Ending) -> None:
         """Tell first, then remove: an entry for something that is still being removed is true, silence is not."""
-        was_running = self.started.answered()
         self._set(Status.STOPPING)
-        for left in self._mailbox.close():
-            log.debug("message_dropped", message=left)
-        if ending.fault is not None and was_running:
-            log.error("vm_died", reason=ending.fault.message)
-            await self._parts.outbox.append(self.id, "died", ending.fault.message)
-            self._changed()
-        clean = await self._unmake()
+        self._mailbox.close()
+        self._news = ending.died
+        self.clean = await self._remove()
         self._set(Status.STOPPED)
-        self.started.fail(ending.fault or Fault(FaultCode.INVALID_STATE, "the sandbox was destroyed while it started"))
-        if clean:
+        self.started.fail(ending.failed or Fault(FaultCode.INVALID_STATE, "the sandbox was destroyed while it started"))
+        if self.clean:
             self.gone.answer(None)
         else:
             self.gone.fail(Fault(FaultCode.INTERNAL, "the host could not remove everything; it will try again later"))
 
-    async def _unmake(self) -> bool:
+    async def _remove(self) -> bool:
+        """Whether nothing is left. A daemon that stops half-way leaves the rest to the next one."""
         for attempt in range(1, (CLEAN_UP.restarts or 0) + 1):
             try:
-                await build.unmake(self._parts, self._made)
+                await self._try_to_remove()
             except Exception:
                 log.exception("sandbox_removal_failed", attempt=attempt)
                 await trio.sleep(CLEAN_UP.delay(attempt))
@@ -219,6 +223,22 @@ class Sandbox:
                 log.info("sandbox_removed")
                 return True
         return False
+
+    async def _try_to_remove(self) -> None:
+        try:
+            await self._tell()
+        except OSError as err:  # a full disk must not protect what fills it; it is told before the last trace goes
+            log.warning("outbox_not_written", error=str(err))
+        await removal.dismantle(self._parts, self._made, settled=self._news is None)
+        await self._tell()
+        await removal.forget(self._parts, self.id)
+
+    async def _tell(self) -> None:
+        """Put into the outbox what happened by itself."""
+        if self._news is not None:
+            await self._parts.outbox.append(self.id, "died", self._news)
+            self._news = None
+            self._changed()
 
     def _set(self, status: Status) -> None:
         if status is not self.status:

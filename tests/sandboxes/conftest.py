@@ -1,0 +1,87 @@
+"""A host out of fakes that outlives its agents, and agents that can be killed between any two steps.
+
+`Host` is what a machine keeps when the agent's process ends: disk, VMs, slots. `host.agent()` is one life of an agent
+on it, built from the real manager, records, outbox, slot pool and guest link. Everything that changes the host passes
+through `Host.step`, where a test can have the agent killed: nothing of it has an effect afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import structlog
+import trio
+
+from agent.actor.watchdog import LoopWatchdog
+
+_spec = importlib.util.spec_from_file_location("sandbox_world", Path(__file__).with_name("world.py"))
+world = importlib.util.module_from_spec(_spec)
+sys.modules["sandbox_world"] = world
+_spec.loader.exec_module(world)
+
+HELD = 0.25
+"""Well above the daemon's limit: a virtual CPU that was taken away counts as time spent computing."""
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "real_threads: files are written in threads, as in the daemon")
+
+
+SECONDS_PER_TEST = 60
+
+
+@pytest.fixture(autouse=True)
+def _quiet_logs():
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def _bounded():
+    """End a test that hangs, whatever it hangs in."""
+
+    def give_up(_signal, _frame):
+        raise TimeoutError(f"the test took more than {SECONDS_PER_TEST} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(SECONDS_PER_TEST)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def _watch_loop(request):
+    """pytest-trio has no async autouse fixtures; what runs a test is the `run` of its marker, so it is set here."""
+    if inspect.iscoroutinefunction(request.node.obj):
+        request.node.add_marker(pytest.mark.trio(run=run_watched), append=False)
+
+
+def run_watched(main, *, instruments, **options):
+    """`trio.run` that fails a test in which a task held the loop."""
+    held = []
+    watchdog = LoopWatchdog(lambda task, seconds: held.append(f"{task} ({seconds * 1000:.0f} ms)"), limit=HELD)
+    result = trio.run(main, instruments=[*instruments, watchdog], **options)
+    assert not held, f"tasks held the event loop: {', '.join(held)}"
+    return result
+
+
+@pytest.fixture
+def make_host(tmp_path, monkeypatch, request):
+    """A maker of hosts, each in a directory of its own."""
+    if request.node.get_closest_marker("real_threads") is None:
+        world.without_threads(monkeypatch)
+    numbers = iter(range(10**6))
+    return lambda **options: world.Host(tmp_path / f"host{next(numbers)}", monkeypatch, **options)
+
+
+@pytest.fixture
+def host(make_host):
+    return make_host()

@@ -1,0 +1,349 @@
+"""The host of the tests; see conftest.py, which loads this as `sandbox_world`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from functools import partial
+
+import msgspec
+import trio
+import trio.testing
+
+from agent.actor.peer import OpenerPeer
+from agent.actor.server import ServerPeer
+from agent.guest.fake import FakeGuest
+from agent.images.store import CURRENT, MANIFEST, PLATFORM, File, ImageStore, Manifest
+from agent.net.fake import FakeSlotBackend
+from agent.net.pool import SlotPool
+from agent.sandboxes import records
+from agent.sandboxes.adoption import adopt_all
+from agent.sandboxes.handlers import Handlers
+from agent.sandboxes.manager import Manager
+from agent.sandboxes.outbox import Outbox
+from agent.sandboxes.parts import HostParts
+from agent.sandboxes.records import StateDirectory
+from agent.storage.fake import FakeOverlays
+from agent.vmm.fake import FakeVmDriver
+from agent.wire.calls import CreateSandbox, HostDescription, body_of
+
+MEMORY_MB = 4096
+
+
+class Crash(BaseException):
+    """The agent was killed; its process ends without another effect."""
+
+
+class Host:
+    """One machine. `crash_at`: the number of the step at which the next agent is killed (1 is the first)."""
+
+    def __init__(self, root, monkeypatch, *, slots=6):
+        root.mkdir()
+        self.root = root
+        self.state = StateDirectory(root / "state")
+        self.state.prepare()
+        self.images = ImageStore(root / "images")
+        self.add_image("minimal")
+        self.vms = Vms(self)
+        self.slots = Slots(self)
+        self.overlays = Overlays(self)
+        self.slot_count = slots
+        self.slots_ahead = 1
+        self.guests = {}
+        self.guest_options = {}
+        self.dead = False
+        self.steps = []
+        self.crash_at = None
+        self.on_step = lambda name: None
+        monkeypatch.setattr(records, "os", _Os(self))
+        monkeypatch.setattr(records, "shutil", _Shutil(self))
+
+    def step(self, name):
+        """A point between two effects."""
+        if self.dead:
+            raise Crash(name)
+        self.steps.append(name)
+        self.on_step(name)
+        if len(self.steps) == self.crash_at:
+            self.dead = True
+            raise Crash(name)
+
+    def add_image(self, name, digest="a" * 64):
+        folder = self.images.path / name / digest
+        folder.mkdir(parents=True)
+        for part in ("kernel", "initramfs", "rootfs"):
+            (folder / part).write_bytes(b"x" * 4096)
+        manifest = Manifest(
+            name=name,
+            digest=digest,
+            platform=PLATFORM,
+            disk_mb=64,
+            created_at=datetime.now(UTC),
+            kernel=File("kernel", 4096, ""),
+            initramfs=File("initramfs", 4096, ""),
+            rootfs=File("rootfs", 4096, ""),
+            inputs={},
+        )
+        (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
+        link = self.images.path / name / CURRENT
+        link.unlink(missing_ok=True)
+        link.symlink_to(digest)
+
+    @asynccontextmanager
+    async def agent(self, *, memory_mb=MEMORY_MB, **options):
+        """One life of an agent, from adoption to the end of the block: stopped as by SIGTERM, or killed before."""
+        self.dead = False
+        self.steps.clear()
+        life = Agent(self, memory_mb, options)
+        try:
+            async with trio.open_nursery() as nursery:
+                await life.start(nursery)
+                yield life
+                nursery.cancel_scope.cancel()
+        except* Crash:
+            life.killed = True
+        finally:
+            self.dead = True  # whatever is left of this agent must not touch the host any more
+
+    def connect_guest(self, address):
+        guest = self.guests[address] = FakeGuest(address, **self.guest_options)
+        return guest
+
+    def running(self):
+        """Sandbox ids of the VMs that run."""
+        return {m.spec.sandbox_id for m in self.vms.machines.values() if not m.ended.is_set()}
+
+    def directories(self):
+        return {path.name for path in self.state.sandboxes.iterdir()}
+
+
+class Agent:
+    """One life."""
+
+    def __init__(self, host, memory_mb, options):
+        self.host = host
+        self.killed = False
+        self.outbox = Outbox(host.state.root / "outbox.json")
+        self.outbox.load()
+        self.slots = SlotPool(host.slots, count=host.slot_count, ahead=host.slots_ahead)
+        self.parts = HostParts(
+            state=host.state,
+            outbox=self.outbox,
+            images=host.images,
+            slots=self.slots,
+            slot_backend=host.slots,
+            overlays=host.overlays,
+            vms=host.vms,
+            connect_guest=host.connect_guest,
+            **{"guest_timeout": 60.0, **options},
+        )
+        self.manager = Manager(self.parts, memory_mb=memory_mb)
+        self.handlers = Handlers(self.manager, self.outbox, self._describe)
+
+    async def start(self, nursery):
+        self.nursery = nursery
+        adopted = await adopt_all(self.parts)
+        await nursery.start(self.slots.run)
+        await nursery.start(self.manager.run, adopted)
+
+    def kill(self):
+        """kill -9, now."""
+        self.host.dead = True
+        self.killed = True
+        self.nursery.cancel_scope.cancel()
+
+    async def create(self, sandbox_id, **changes):
+        """Create and wait until it runs; returns the state that is answered."""
+        sandbox = await self.manager.create(request(sandbox_id, **changes))
+        return await sandbox.started.wait()
+
+    async def destroy(self, sandbox_id):
+        await self.manager.destroy(sandbox_id, deadline=float("inf"))
+
+    def statuses(self):
+        return {state.sandbox_id: state.status for state in self.manager.listing().sandboxes}
+
+    def told(self):
+        return [(entry.sandbox_id, entry.event) for entry in self.outbox.entries()]
+
+    @asynccontextmanager
+    async def connection(self):
+        """The control plane's end of a connection to this agent."""
+        near, far = trio.testing.memory_stream_pair()
+        opener, server = OpenerPeer(near), ServerPeer(far, self.handlers)
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as starting:
+                starting.start_soon(partial(nursery.start, opener.run))
+                starting.start_soon(partial(nursery.start, server.run))
+            yield opener
+            nursery.cancel_scope.cancel()
+
+    async def check(self):
+        """Disk, process table, slots and table of sandboxes tell the same story. Call when nothing is under way."""
+        await trio.testing.wait_all_tasks_blocked()
+        host, ids = self.host, set(self.statuses())
+        assert set(self.statuses().values()) <= {"running"}
+        assert host.directories() == ids
+        assert host.running() == ids
+        for name in ids:
+            files = {path.name for path in host.state.directory(name).iterdir()}
+            assert files <= {"record.json", "record.json.new", "disk.qcow2"}
+            assert {"record.json", "disk.qcow2"} <= files
+        statistics = self.slots.statistics()
+        assert statistics.in_use == len(ids)
+        assert len(await host.slots.existing()) == statistics.in_use + statistics.ready
+        numbers = [host.state.load()[name].slot for name in ids]
+        assert len(set(numbers)) == len(numbers)
+
+    async def _describe(self):
+        return HostDescription(version="0", driver="fake", cpu_cores=1, memory_mb=1, disk_mb=1, disk_free_mb=1)
+
+
+class Vms(FakeVmDriver):
+    """VMs of a host; an agent's cancellation has no effect on them once it is dead."""
+
+    def __init__(self, host):
+        super().__init__()
+        self._host = host
+
+    async def boot(self, spec):
+        self._host.step("boot")
+        before = set(self.machines)
+        try:
+            vm = await super().boot(spec)
+        except trio.Cancelled:
+            if self._host.dead:
+                for process in self.machines.keys() - before:
+                    self.machines[process].ended = trio.Event()
+            raise
+        self._host.step("booted")
+        return VmOfHost(self._host, vm)
+
+    async def adopt(self, spec, process):
+        self._host.step("adopt")
+        vm = await super().adopt(spec, process)
+        return vm and VmOfHost(self._host, vm)
+
+    async def kill_process(self, process):
+        self._host.step("kill_process")
+        await super().kill_process(process)
+        self._host.step("killed_process")
+
+    async def remove_leftovers(self):
+        self._host.step("remove_leftovers")
+
+
+class VmOfHost:
+    """A Vm with steps."""
+
+    def __init__(self, host, vm):
+        self._host = host
+        self._vm = vm
+        self.process = vm.process
+        self.wait_exit = vm.wait_exit
+        self.console_tail = vm.console_tail
+        self.statistics = vm.statistics
+
+    async def kill(self):
+        self._host.step("kill")
+        await self._vm.kill()
+        self._host.step("killed")
+
+
+class Slots(FakeSlotBackend):
+    """A slot backend with steps."""
+
+    def __init__(self, host):
+        super().__init__()
+        self._host = host
+
+    async def create(self, number):
+        self._host.step("slot_create")
+        await super().create(number)
+        self._host.step("slot_created")
+
+    async def remove(self, number):
+        self._host.step("slot_remove")
+        await super().remove(number)
+        self._host.step("slot_removed")
+
+    async def open_tap(self, number):
+        self._host.step("open_tap")
+        return await super().open_tap(number)
+
+
+class Overlays(FakeOverlays):
+    """Overlays with steps; `remove_errors` are raised and used up one per call."""
+
+    def __init__(self, host):
+        super().__init__()
+        self._host = host
+        self.remove_errors = []
+
+    async def create(self, base, overlay, size_mb):
+        self._host.step("overlay_create")
+        await super().create(base, overlay, size_mb)
+        self._host.step("overlay_created")
+
+    async def remove(self, overlay):
+        self._host.step("overlay_remove")
+        if self.remove_errors:
+            raise self.remove_errors.pop(0)
+        await super().remove(overlay)
+        self._host.step("overlay_removed")
+
+
+class _Os:
+    """`os` for records.py: an fsync is a step, so a crash is possible before and after each rename."""
+
+    def __init__(self, host):
+        self._host = host
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def fsync(self, _descriptor):
+        self._host.step("fsync")
+
+
+class _Shutil:
+    """`shutil` for records.py: removing a tree can stop half-way."""
+
+    def __init__(self, host):
+        self._host = host
+
+    def rmtree(self, path):
+        self._host.step("rmtree")
+        for file in path.iterdir():
+            file.unlink()
+            self._host.step("unlinked")
+        shutil.rmtree(path)
+        self._host.step("rmtree_done")
+
+
+def without_threads(monkeypatch):
+    """Run what goes to threads at once, between two checkpoints: a fake clock does not wait for threads."""
+
+    async def run_sync(function, *arguments, **_options):
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            return function(*arguments)
+        finally:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+
+
+def sandbox_id(number):
+    return f"00000000-0000-0000-0000-{number:012x}"
+
+
+def request(name, **changes):
+    fields = {"template": "minimal", "vcpus": 1, "memory_mb": 128, "hostname": "sb", **changes}
+    return CreateSandbox(sandbox_id=name, **fields)
+
+
+def create_body(name, **changes):
+    return body_of(request(name, **changes))
