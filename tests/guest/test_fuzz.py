@@ -130,11 +130,11 @@ def test_nothing_an_opener_sends_crashes_the_daemon(sanitized_binary, start_gues
     Meanwhile a connection that never said HELLO was closed: its 10 seconds are not worth a test of their own.
     """
     guest = start_guest(binary=sanitized_binary)
+    baseline = guest.descriptors()
     silent = guest.connect(greet=False)
     fuzz = Fuzz(random.Random(SEED), str(tmp_path))
     end = time.monotonic() + SECONDS
     rounds = 0
-    baseline = guest.descriptors() - 1
     while time.monotonic() < end and rounds < 3000:
         rounds += 1
         client = guest.connect(greet=False)
