@@ -24,7 +24,8 @@ TEMPLATE = "minimal"
 
 async def ensure_key(tx: Connection, stored: str | None) -> str:
     """The development team's API key: the stored one if it is good, else a new one."""
-    if stored is not None and await keys.by_hash(tx, digest(stored)) is not None:
+    known = None if stored is None else await keys.by_hash(tx, digest(stored))
+    if stored is not None and known is not None and known.team_alive:
         return stored
     user = await users.by_email(tx, EMAIL)
     if user is None:
@@ -40,10 +41,11 @@ async def host_exists(tx: Connection, host: UUID) -> bool:
     return await hosts.get(tx, host) is not None
 
 
-async def usable(tx: Connection) -> bool:
-    """Whether a sandbox can be created: a host is online and its base image known."""
+async def usable(tx: Connection, since: datetime) -> bool:
+    """Whether a sandbox can be created: a host is online, was heard after `since`, and its base image is known."""
     online = await hosts.list_all(tx, statuses=["online"])
-    return bool(online) and await templates.get_by_name(tx, teams.PLATFORM, TEMPLATE) is not None
+    heard = any(host.last_heartbeat is not None and host.last_heartbeat >= since for host in online)
+    return heard and await templates.get_by_name(tx, teams.PLATFORM, TEMPLATE) is not None
 
 
 async def end_sandboxes(tx: Connection, host: UUID) -> int:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import select
 import signal
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -59,14 +61,20 @@ def write_secrets(data: Path, values: dict[str, str]) -> None:
 
 
 def replace(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file so that it is there whole or not at all, also after a loss of power."""
     temporary = path.with_name(f".{path.name}.new")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    temporary.unlink(missing_ok=True)  # one that a crash left may have another owner or mode
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     with os.fdopen(fd, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def remember_programs(data: Path, pids: list[int]) -> None:
@@ -81,27 +89,45 @@ def end_remembered_programs(data: Path) -> int:
         records = msgspec.json.decode((data / "programs.json").read_bytes(), type=list[ProgramRecord])
     except (FileNotFoundError, msgspec.MsgspecError):
         return 0
-    alive = [record for record in records if start_time(record.pid) == record.start_time]
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for record in alive:
-            if start_time(record.pid) == record.start_time:
-                os.kill(record.pid, number)
-        _wait_gone(alive)
+    with ExitStack() as stack:
+        alive = [fd for record in records if (fd := _open(record)) is not None]
+        for fd in alive:
+            stack.callback(os.close, fd)
+        left = alive
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            for fd in left:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fd, number)
+            left = _wait_gone(left)
     return len(alive)
 
 
-def _wait_gone(records: list[ProgramRecord]) -> None:
+def _open(record: ProgramRecord) -> int | None:
+    """A descriptor of the process, which no other process can become; None when it is gone."""
+    try:
+        fd = os.pidfd_open(record.pid)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return None
+    if start_time(record.pid) == record.start_time:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _wait_gone(pidfds: list[int]) -> list[int]:
+    """Wait until the processes have ended, END_PATIENCE at most; those that have not."""
+    left = set(pidfds)
     deadline = time.monotonic() + END_PATIENCE
-    while time.monotonic() < deadline:
-        if not any(start_time(record.pid) == record.start_time for record in records):
-            return
-        time.sleep(0.05)
+    while left and (seconds := deadline - time.monotonic()) > 0:
+        ended, _, _ = select.select(left, [], [], seconds)  # readable: it has ended
+        left -= set(ended)
+    return [fd for fd in pidfds if fd in left]
 
 
 def start_time(pid: int) -> int | None:
     """Field 22 of /proc/PID/stat, in clock ticks since boot; None when there is no such process (or a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return None if fields[0] == "Z" else int(fields[19])

@@ -17,31 +17,32 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import UUID
 
-import msgspec
 import structlog
 import trio
 
-from agent.actor.settings import environment
-from capsule import config
+from capsule import config, control
 from capsule.db.embedded import PostgresHandle, run_postgres
 from capsule.db.errors import DatabaseError
 from capsule.db.migrate import migrate
-from capsule.db.pool import Database, open_database
-from capsule.dev import bootstrap, files
+from capsule.dev import bootstrap, environments, files
 from capsule.dev.banner import banner
 from capsule.dev.program import Program
+from capsule.dev.recorder import Ready, Recorder
+from capsule.errors import CapsuleError
 from capsule.hosts.authority import load_authority
 from capsule.hosts.registration import HostEnrolment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from uuid import UUID
 
     from capsule.config import Settings
+    from capsule.db.pool import Database
 
 log = structlog.get_logger()
 
@@ -49,16 +50,7 @@ AGENT_PATIENCE = 25.0
 CONTROL_PATIENCE = 35.0
 PURGE_PATIENCE = 60.0
 POLL = 0.1
-
-
-class Ready(msgspec.Struct, frozen=True):
-    """The ready file."""
-
-    url: str
-    api_key: str
-    agent_pids: list[int]
-    control_pids: list[int]
-    postgres_pids: list[int]
+RETRY_PAUSE = 1.0
 
 
 @dataclass(kw_only=True)
@@ -80,51 +72,68 @@ class Platform:
     db: Database
     api_key: str = ""
     ready: bool = False
+    stopping: bool = False
+    new_host: UUID | None = None
     programs: dict[str, Program] = field(default_factory=dict)
 
     async def run(self, stop: trio.Event) -> None:
         """Bring everything up, keep it up until `stop`, take it down."""
         await migrate(self.db)
         await self._make_key()
+        recorder = Recorder(self.options.data, self.options.ready_file, pids=self._pids, ready=self._ready)
+        await recorder.write()  # what an earlier run left is not true any more
         module = [sys.executable, "-m"]
-        self._add("control", [*module, "capsule", "serve"], self._control_environment)
-        self._add("agent", [*module, "agent", "serve"], self._agent_environment)
+        self._add("control", [*module, "capsule", "serve"], self._control_environment, recorder)
+        self._add("agent", [*module, "agent", "serve"], self._agent_environment, recorder)
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(recorder.run)
             for program in self.programs.values():
                 nursery.start_soon(program.run)
-            nursery.start_soon(self._announce)
+            nursery.start_soon(self._announce, recorder)
             await stop.wait()
-            await self._stop()
+            await self._stop(recorder)
             nursery.cancel_scope.cancel()
 
-    def _add(self, name: str, command: list[str], make_environment: bootstrap.EnvironmentMaker) -> None:
-        self.programs[name] = Program(name, command, make_environment, self._programs_changed)
+    def _add(self, name: str, command: list[str], environment: bootstrap.EnvironmentMaker, recorder: Recorder) -> None:
+        self.programs[name] = Program(name, command, environment, recorder.changed)
 
     async def _make_key(self) -> None:
         stored = files.read_secrets(self.options.data)
-        self.api_key = await self.db.transaction(bootstrap.ensure_key, stored.get("CAPSULE_API_KEY"))
-        files.write_secrets(self.options.data, {**stored, "CAPSULE_API_KEY": self.api_key})
+        self.api_key = await self.db.transaction(bootstrap.ensure_key, stored.get(environments.API_KEY))
+        kept = {**stored, environments.API_KEY: self.api_key}
+        await trio.to_thread.run_sync(files.write_secrets, self.options.data, kept)
 
     async def _control_environment(self) -> Mapping[str, str]:
-        return self.environ
+        return environments.for_control_plane(self.environ)
 
     async def _agent_environment(self) -> Mapping[str, str]:
         """With a fresh one-time token when the agent has no credentials that this database knows."""
-        credentials = _agent_state(self.environ) / "credentials.json"
-        host = _host_of(credentials)
-        known = host is not None and await self.db.run(bootstrap.host_exists, host)
-        if known:
-            return self.environ
+        while True:
+            try:
+                return {**environments.for_agent(self.environ), **await self._enrolment()}
+            except (DatabaseError, CapsuleError) as err:
+                log.warning("agent_waits_for_database", reason=str(err))
+            await trio.sleep(RETRY_PAUSE)
+
+    async def _enrolment(self) -> Mapping[str, str]:
+        credentials = environments.credentials(self.environ)
+        host = environments.host_of(credentials)
+        if host is not None and await self.db.run(bootstrap.host_exists, host):
+            return {}
         with suppress(FileNotFoundError):
             credentials.rename(credentials.with_suffix(".old"))
-        enrolment = HostEnrolment(self.db, await load_authority(self.db, self.settings), self.settings)
-        new = await enrolment.create_host(provider="capsule dev")
+        token = await self._registration_token()
         await self._wait_for_control_plane()
-        return {
-            **self.environ,
-            "CAPSULE_AGENT_URL": self.settings.url,
-            "CAPSULE_AGENT_TOKEN": new.registration_token,
-        }
+        return {"CAPSULE_AGENT_URL": self.settings.url, "CAPSULE_AGENT_TOKEN": token}
+
+    async def _registration_token(self) -> str:
+        """For one new host, however often its agent has to start until it is registered."""
+        enrolment = HostEnrolment(self.db, await load_authority(self.db, self.settings), self.settings)
+        if self.new_host is not None and await self.db.run(bootstrap.host_exists, self.new_host):
+            return await enrolment.new_token(self.new_host)
+        new = await enrolment.create_host(provider="capsule dev")
+        self.new_host = new.host.id
+        return new.registration_token
 
     async def _wait_for_control_plane(self) -> None:
         """An agent that registers needs an answer."""
@@ -136,62 +145,68 @@ class Platform:
                 return
             await trio.sleep(POLL)
 
-    async def _announce(self) -> None:
+    async def _announce(self, recorder: Recorder) -> None:
         """Once a sandbox can be created: say so."""
+        since = datetime.now(UTC)  # a host that was online when we were stopped is not yet online again
         await self._wait_for_control_plane()
         while True:
             with suppress(DatabaseError):
-                if await self.db.run(bootstrap.usable):
+                if await self.db.run(bootstrap.usable, since):
                     break
             await trio.sleep(POLL)
-        self.ready = True
-        self._programs_changed()
+        self.ready = not self.stopping
+        await recorder.write()
         print(banner(self.settings.url, self.api_key), flush=True)  # noqa: T201 - the command's output
 
-    def _programs_changed(self) -> None:
-        pids = {name: program.pid for name, program in self.programs.items()}
-        files.remember_programs(self.options.data, [pid for pid in pids.values() if pid])
-        if not self.ready or self.options.ready_file is None:
-            return
-        ready = Ready(
+    def _pids(self) -> list[int]:
+        return [program.pid for program in self.programs.values() if program.pid]
+
+    def _ready(self) -> Ready | None:
+        if not self.ready:
+            return None
+        agent, control_plane = self.programs["agent"].pid, self.programs["control"].pid
+        postgres = self.postgres.pid if self.postgres is not None else None
+        return Ready(
             url=self.settings.url,
             api_key=self.api_key,
-            agent_pids=[pid for pid in [pids["agent"]] if pid],
-            control_pids=[pid for pid in [pids["control"]] if pid],
-            postgres_pids=[pid for pid in [self.postgres and self.postgres.pid] if pid],
+            agent_pids=[agent] if agent else [],
+            control_pids=[control_plane] if control_plane else [],
+            postgres_pids=[postgres] if postgres else [],
         )
-        files.replace(self.options.ready_file, msgspec.json.format(msgspec.json.encode(ready)) + b"\n")
 
-    async def _stop(self) -> None:
+    async def _stop(self, recorder: Recorder) -> None:
         log.info("platform_stopping")
-        if self.options.ready_file is not None:
-            self.options.ready_file.unlink(missing_ok=True)
+        self.stopping, self.ready = True, False
+        await recorder.write()
         await self.programs["agent"].stop(AGENT_PATIENCE)
         await self._purge()
         await self.programs["control"].stop(CONTROL_PATIENCE)
-        host = _host_of(_agent_state(self.environ) / "credentials.json")
+        host = environments.host_of(environments.credentials(self.environ))
         if host is not None:
             with suppress(DatabaseError):
                 await self.db.transaction(bootstrap.end_sandboxes, host)
 
     async def _purge(self) -> None:
+        environ = environments.for_agent(self.environ)
         with trio.move_on_after(PURGE_PATIENCE):
             await trio.run_process(
-                [sys.executable, "-m", "agent", "purge", "--yes"], env=self.environ, check=False, start_new_session=True
+                [sys.executable, "-m", "agent", "purge", "--yes"], env=environ, check=False, start_new_session=True
             )
 
 
 async def run(options: Options) -> None:
     """`capsule dev`, until SIGINT or SIGTERM."""
     files.lock(options.data)
+    if options.ready_file is not None:
+        options.ready_file.parent.mkdir(parents=True, exist_ok=True)
     ended = await trio.to_thread.run_sync(files.end_remembered_programs, options.data)
     if ended:
         log.warning("earlier_programs_ended", count=ended)
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, stop)
+        environ = environments.base(options.data)
         postgres: PostgresHandle | None = None
-        environ = _environment(options.data)
         if not environ.get("CAPSULE_DATABASE_URL"):
             postgres = await nursery.start(
                 partial(
@@ -203,34 +218,12 @@ async def run(options: Options) -> None:
             )
             environ["CAPSULE_DATABASE_URL"] = postgres.dsn
         settings = config.load(environ)
-        async with open_database(settings.database_url, max_size=2) as db:
-            await db.wait_available(timeout=60)
+        async with control.database(settings, max_size=2) as db:
+            await control.wait_for_database(db)
             await Platform(options, environ, settings, postgres, db).run(stop)
         nursery.cancel_scope.cancel()
     (options.data / "programs.json").unlink(missing_ok=True)
     log.info("platform_stopped")
-
-
-def _environment(data: Path) -> dict[str, str]:
-    """What the programs get: ours over `.env`, over what `capsule dev` decides."""
-    decided = {
-        "CAPSULE_AGENT_STATE": str(data / "agent"),
-        "PYTHONUNBUFFERED": "1",
-    }
-    return {**decided, **files.read_secrets(data), **environment(Path(".env"))}
-
-
-def _agent_state(environ: Mapping[str, str]) -> Path:
-    return Path(environ["CAPSULE_AGENT_STATE"])
-
-
-def _host_of(credentials: Path) -> UUID | None:
-    """The host that the agent's credentials are for; None when there are none that can be read."""
-    try:
-        stored = msgspec.json.decode(credentials.read_bytes())
-        return UUID(str(stored["host_id"]).removeprefix("host-"))
-    except (OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
-        return None
 
 
 async def _watch_signals(stop: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:

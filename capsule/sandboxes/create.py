@@ -75,15 +75,17 @@ class Creator:
         try:
             async with self.scheduler.reserve(want) as host:
                 return await self._begin(principal, request, key, host)
-        except errors.NoHostsAvailable:
-            # That the fleet is full is of no interest to a repeated request, nor to one that would be refused anyway.
-            if (row := await self.rows.transaction(examine, principal, request, key)) is not None:
-                return row, False
-            raise
+        except errors.NoHostsAvailable as err:
+            full = err
         except DatabaseUnavailable as err:
             raise errors.DatabaseUnavailable(NO_ANSWER, retry_after=1) from err
         except Fault as fault:
             raise as_error(fault) from fault
+        # That the fleet is full is of no interest to a repeated request, nor to one that would be refused anyway.
+        row = await self.rows.transaction(examine, principal, request, key)
+        if row is None:
+            raise full
+        return row, False
 
     async def _begin(
         self, principal: Principal, request: CreateSandbox, key: str | None, host: UUID
@@ -101,14 +103,15 @@ class Creator:
         """Have the host make it; settle the row either way."""
         try:
             state = await self._ask_host(row, request)
-        except Fault as fault:
-            error = as_error(fault)
-            log.warning("sandbox_not_started", code=fault.code, message=fault.message)
-            now = await self.rows.settle(row, Status.ERROR, reason=error.message)
-            if now.status == Status.ERROR:
-                raise error from fault
-            return self._outcome(now)
-        now = await self.rows.settle(row, Status.RUNNING, host_ip=storable_address(state.host_ip))
+        except Fault as err:
+            fault = err
+        else:
+            return self._outcome(await self.rows.settle(row, Status.RUNNING, host_ip=storable_address(state.host_ip)))
+        error = as_error(fault)
+        log.warning("sandbox_not_started", code=fault.code, message=fault.message)
+        now = await self.rows.settle(row, Status.ERROR, reason=error.message)
+        if now.status == Status.ERROR:
+            raise error from fault
         return self._outcome(now)
 
     async def _ask_host(self, row: SandboxRow, request: CreateSandbox) -> calls.SandboxState:

@@ -74,12 +74,12 @@ class Destroyer:
             try:
                 await self.links.call(host, "sandbox.destroy", body, timeout=left)
             except Fault as fault:
-                if fault.code in RETRIED and left >= RETRY_PAUSE * 2:
-                    await trio.sleep(RETRY_PAUSE)
-                    continue
-                log.warning("sandbox_not_destroyed", code=fault.code, message=fault.message)
-                raise _unfinished(fault) from fault
-            return
+                if fault.code not in RETRIED or left < RETRY_PAUSE * 2:
+                    log.warning("sandbox_not_destroyed", code=fault.code, message=fault.message)
+                    raise _unfinished(fault) from fault
+            else:
+                return
+            await trio.sleep(RETRY_PAUSE)
 
 
 def _unfinished(fault: Fault) -> errors.CapsuleError:

@@ -1,0 +1,49 @@
+"""What the programs of `capsule dev` are told, each no more than it needs, and where the agent keeps who it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import msgspec
+
+from agent.actor.settings import environment
+from capsule.dev import files
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+API_KEY = "CAPSULE_API_KEY"
+OF_THE_CONTROL_PLANE = frozenset({"CAPSULE_SECRET_KEY", "CAPSULE_DATABASE_URL"})
+"""Who has these can be anybody; the agent, next to which untrusted code runs, does without."""
+
+
+def base(data: Path) -> dict[str, str]:
+    """Our own environment over `.env`, over what `capsule dev` decides."""
+    decided = {"CAPSULE_AGENT_STATE": str(data / "agent"), "PYTHONUNBUFFERED": "1"}
+    return {**decided, **files.read_secrets(data), **environment(Path(".env"))}
+
+
+def for_control_plane(environ: Mapping[str, str]) -> dict[str, str]:
+    """Everything but the user's key."""
+    return {name: value for name, value in environ.items() if name != API_KEY}
+
+
+def for_agent(environ: Mapping[str, str]) -> dict[str, str]:
+    """Nothing of the control plane's."""
+    return {name: value for name, value in environ.items() if name not in OF_THE_CONTROL_PLANE | {API_KEY}}
+
+
+def credentials(environ: Mapping[str, str]) -> Path:
+    """The agent's credentials file."""
+    return Path(environ["CAPSULE_AGENT_STATE"]) / "credentials.json"
+
+
+def host_of(path: Path) -> UUID | None:
+    """The host that the agent's credentials are for; None when there are none that can be read."""
+    try:
+        stored = msgspec.json.decode(path.read_bytes())
+        return UUID(str(stored["host_id"]).removeprefix("host-"))
+    except (OSError, msgspec.MsgspecError, KeyError, TypeError, ValueError):
+        return None
