@@ -55,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds a shutdown may take before the process ends anyhow."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1)] = 2048
     """MiB of a new sandbox's disk: what base images are built with."""
+    spool: str = "/var/tmp"  # noqa: S108 - files in it have no name
+    """Where uploads wait for their last byte: on a disk, not in memory as /tmp often is."""
     vcpu_overcommit: Factor = 8.0
     """Virtual CPUs sold per core: sandboxes idle most of the time."""
     memory_overcommit: Factor = 1.0

@@ -17,7 +17,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING
 
 import structlog
@@ -138,7 +137,7 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
         hosts=HostEnrolment(db, authority, settings, forget=links.forget),
         ready=partial(_ready, db),
     )
-    app = create_app(services, registry=registry, version=version("capsule"), spool_dir=Path(gettempdir()))
+    app = create_app(services, registry=registry, version=version("capsule"), spool_dir=Path(settings.spool))
     async with trio.open_nursery() as nursery:
         await nursery.start(links.run)
         await nursery.start(scheduler.run)

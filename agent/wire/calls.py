@@ -42,6 +42,9 @@ GUEST_METHODS = frozenset(
 )
 """Guest methods that the control plane may ask for; the others are the agent's own business."""
 
+MIN_MEMORY_MB = 128
+"""Debian's kernel runs out of memory while it unpacks its initramfs in 64."""
+
 STDIN_CHANNEL, STDOUT_CHANNEL, STDERR_CHANNEL, NOTICE_CHANNEL = 0, 1, 2, 3
 CONTENT_CHANNEL = 0
 
@@ -62,7 +65,7 @@ class CreateSandbox(_Body, frozen=True, kw_only=True):
     sandbox_id: SandboxId
     template: TemplateName
     vcpus: Annotated[int, msgspec.Meta(ge=1, le=256)]
-    memory_mb: Annotated[int, msgspec.Meta(ge=64, le=2**22)]
+    memory_mb: Annotated[int, msgspec.Meta(ge=MIN_MEMORY_MB, le=2**22)]
     hostname: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
     envs: dict[str, str] = {}
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from msgspec import Meta
 
+from agent.wire.calls import MIN_MEMORY_MB
+
 MAX_TIMEOUT = 31_536_000
 """Seconds a sandbox may idle: a year."""
 
@@ -33,7 +35,7 @@ ABSOLUTE_PATH = r"^(?![\s\S]*/\.\.(/|$))/[^\u0000]*$"
 
 TemplateName = Annotated[str, Meta(pattern=TEMPLATE_NAME, description="Name of a template.")]
 Vcpus = Annotated[int, Meta(ge=1, le=64, description="Virtual CPUs.")]
-MemoryMb = Annotated[int, Meta(ge=64, le=1_048_576, description="Memory in MiB.")]
+MemoryMb = Annotated[int, Meta(ge=MIN_MEMORY_MB, le=1_048_576, description="Memory in MiB.")]
 IdleTimeout = Annotated[
     int, Meta(ge=0, le=MAX_TIMEOUT, description="Seconds of idling before it is paused; 0 = never.")
 ]

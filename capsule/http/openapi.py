@@ -76,7 +76,7 @@ def document(table: Iterable[Operation[Any, Any]], version: str) -> dict[str, An
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],
-        "tags": [{"name": name} for name in dict.fromkeys(row.tag for row in rows)],
+        "tags": [{"name": name} for name in sorted(dict.fromkeys(row.tag for row in rows), key="capsules".__eq__)],
         "paths": dict(paths),
         "components": {"schemas": _schemas(rows), "securitySchemes": SECURITY_SCHEMES},
     }

@@ -76,8 +76,8 @@ class Platform:
 
     def complaints(self) -> str:
         """The end of what the daemons had to say about failures."""
-        text = self.log.read_text(errors="replace")
-        return "\n".join(re.split(r"(?=^20\d\d-)", text, flags=re.MULTILINE)[-400:])[-30000:]
+        events = re.split(r"^(?=20\d\d-)", self.log.read_text(errors="replace"), flags=re.MULTILINE)
+        return "".join(event for event in events if "[info " not in event)[-20000:]
 
     @property
     def ready(self) -> dict:

@@ -1,4 +1,5 @@
-"""Schemathesis against the running platform: no 5xx, no answer that /openapi.yaml does not document."""
+"""Schemathesis against the running platform: no answer that /openapi.yaml does not document, and no 5xx but the 503
+that says there is no room: the generator asks for larger machines than any host has."""
 
 from __future__ import annotations
 
@@ -8,14 +9,18 @@ from pathlib import Path
 
 EXAMPLES = 12
 SEED = 4711
+CONFIG = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "4xx", "503"]\n'
 
 
 def test_every_answer_is_documented(start_platform):
     """Generated requests, good and bad, on every operation; creates are bounded by the memory of a tiny host."""
     with start_platform(CAPSULE_AGENT_MEMORY_MB="1024", CAPSULE_CREATE_TIMEOUT="60") as platform:
         ready = platform.ready
+        config = platform.data / "schemathesis.toml"
+        config.write_text(CONFIG)
         command = [
             Path(sys.executable).with_name("schemathesis"),
+            f"--config-file={config}",
             "run",
             f"{ready['url']}/openapi.yaml",
             f"--header=X-API-Key: {ready['api_key']}",

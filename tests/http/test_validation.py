@@ -26,7 +26,7 @@ CREATE_REFUSED = [
     ({"vcpus": "1"}, "vcpus"),
     ({"vcpus": True}, "vcpus"),
     ({"vcpus": 10**30}, "vcpus"),
-    ({"memory_mb": 63}, "memory_mb"),
+    ({"memory_mb": 127}, "memory_mb"),
     ({"memory_mb": 1_048_577}, "memory_mb"),
     ({"timeout_sec": -1}, "timeout_sec"),
     ({"timeout_sec": 31_536_001}, "timeout_sec"),
