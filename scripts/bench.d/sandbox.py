@@ -265,6 +265,8 @@ async def main() -> None:
         for sandbox in made[1:]:
             await trio.to_thread.run_sync(api.delete, f"/sandboxes/{sandbox['id']}")
         async with connected(data, made[0]) as (links, guest):
+            boot = (await guest.call("info", {}, timeout=30))["boot_ns"] / 1e6
+            show("  of guest: kernel to daemon, its own clock", boot, "ms")
             await execs(api, made[0], links, guest)
             await files(api, made[0], guest)
 
