@@ -58,7 +58,10 @@ class Manager:
                 self._sandboxes[sandbox.id] = sandbox
                 nursery.start_soon(self._keep, sandbox, one)
             task_status.started()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None  # a create that comes now is refused, not a bug
 
     async def _keep(self, sandbox: Sandbox, start: Adopted | dict[str, str]) -> None:
         try:

@@ -74,6 +74,7 @@ class Sandbox:
         self._parts = parts
         self._made = build.Made(record)
         self._changed = changed
+        self._ran = False
         self._news: str | None = None
         self._mailbox: Mailbox[Destroy] = Mailbox(f"sandbox {record.sandbox_id}", MAILBOX_CAPACITY)
 
@@ -97,7 +98,7 @@ class Sandbox:
 
     def ending(self) -> bool:
         """Whether it was running and is no more."""
-        return self.started.answered() and self.status is not Status.RUNNING
+        return self._ran and self.status is not Status.RUNNING
 
     def memory_mb(self) -> int:
         """Memory this sandbox holds or will hold."""
@@ -154,6 +155,7 @@ class Sandbox:
             except Fault as fault:
                 log.warning("sandbox_build_failed", code=fault.code, message=fault.message)
                 return _Ending(failed=fault)
+        self._ran = True
         self._set(Status.RUNNING)
         self.started.answer(self.state())
         log.info("sandbox_running", adopted=envs is None, **self._made.timings_ms)

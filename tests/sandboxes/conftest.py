@@ -60,7 +60,7 @@ def _bounded():
 @pytest.fixture(autouse=True)
 def _watch_loop(request):
     """pytest-trio has no async autouse fixtures; what runs a test is the `run` of its marker, so it is set here."""
-    if inspect.iscoroutinefunction(request.node.obj):
+    if inspect.iscoroutinefunction(request.node.obj) and request.node.get_closest_marker("real_threads"):
         request.node.add_marker(pytest.mark.trio(run=run_watched), append=False)
 
 

@@ -165,7 +165,7 @@ async def test_destroy_during_each_step(host, autojump_clock, step, occurrence):
 
 
 async def test_destroy_while_it_waits(host, autojump_clock):
-    """Destroyed in the queue for a boot, at a VMM that hangs, at a guest that is silent, at one that does not answer."""
+    """In the queue for a boot, at a VMM that hangs, at a guest that is silent, at one that does not take its name."""
     for hang in ("queue", "vmm", "guest", "configure"):
         release = trio.Event()
 

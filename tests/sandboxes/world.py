@@ -28,6 +28,7 @@ from agent.sandboxes.records import StateDirectory
 from agent.storage.fake import FakeOverlays
 from agent.vmm.fake import FakeVmDriver
 from agent.wire.calls import CreateSandbox, HostDescription, body_of
+from agent.wire.faults import Fault
 
 MEMORY_MB = 4096
 
@@ -56,6 +57,8 @@ class Host:
         self.dead = False
         self.steps = []
         self.crash_at = None
+        self.stop_at = None
+        self.life = None
         self.on_step = lambda name: None
         monkeypatch.setattr(records, "os", _Os(self))
         monkeypatch.setattr(records, "shutil", _Shutil(self))
@@ -69,6 +72,8 @@ class Host:
         if len(self.steps) == self.crash_at:
             self.dead = True
             raise Crash(name)
+        if len(self.steps) == self.stop_at:
+            self.life.nursery.cancel_scope.cancel()
 
     def add_image(self, name, digest="a" * 64):
         folder = self.images.path / name / digest
@@ -96,16 +101,42 @@ class Host:
         """One life of an agent, from adoption to the end of the block: stopped as by SIGTERM, or killed before."""
         self.dead = False
         self.steps.clear()
-        life = Agent(self, memory_mb, options)
+        life = self.new_agent(memory_mb, **options)
         try:
-            async with trio.open_nursery() as nursery:
-                await life.start(nursery)
+            async with trio.open_nursery() as life.nursery:
+                await life.start(life.nursery)
                 yield life
-                nursery.cancel_scope.cancel()
+                life.nursery.cancel_scope.cancel()
         except* Crash:
             life.killed = True
         finally:
             self.dead = True  # whatever is left of this agent must not touch the host any more
+
+    async def live(self, work, *, crash_at=None, stop_at=None):
+        """One life that does `work(agent)`, killed or stopped at that step of it; returns the agent, for its fate."""
+        self.dead = False
+        self.steps.clear()
+        self.crash_at, self.stop_at = crash_at, stop_at
+        life = self.new_agent()
+        try:
+            async with trio.open_nursery() as life.nursery:
+                await life.start(life.nursery)
+                await work(life)
+                life.finished = True
+                life.nursery.cancel_scope.cancel()
+        except* Crash:
+            life.killed = True
+        except* Fault:
+            assert life.killed or life.nursery.cancel_scope.cancel_called
+        finally:
+            self.dead = True
+            self.crash_at = self.stop_at = None
+        return life
+
+    def new_agent(self, memory_mb=MEMORY_MB, **options):
+        """An agent's parts over what the host has on disk."""
+        self.life = Agent(self, memory_mb, options)
+        return self.life
 
     def connect_guest(self, address):
         guest = self.guests[address] = FakeGuest(address, **self.guest_options)
@@ -125,6 +156,7 @@ class Agent:
     def __init__(self, host, memory_mb, options):
         self.host = host
         self.killed = False
+        self.finished = False
         self.outbox = Outbox(host.state.root / "outbox.json")
         self.outbox.load()
         self.slots = SlotPool(host.slots, count=host.slot_count, ahead=host.slots_ahead)
@@ -143,7 +175,6 @@ class Agent:
         self.handlers = Handlers(self.manager, self.outbox, self._describe)
 
     async def start(self, nursery):
-        self.nursery = nursery
         adopted = await adopt_all(self.parts)
         await nursery.start(self.slots.run)
         await nursery.start(self.manager.run, adopted)

@@ -1,0 +1,289 @@
+"""Any order of creates, destroys, deaths, kills and restarts, against a model of what must be true.
+
+Hypothesis calls rules from its own thread; the host and its agents live in a Trio run in another one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trio
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sandbox_world import Crash, Host, request, sandbox_id, without_threads
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from agent.sandboxes import purge as purging
+from agent.wire.faults import Fault
+
+NAMES = [sandbox_id(number) for number in range(1, 5)]
+SECONDS_PER_RULE = 20
+
+
+class Loop:
+    """A Trio run in a thread, whose clock only `jump` moves."""
+
+    def __init__(self):
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._ready.wait()
+
+    def _run(self):
+        self.clock = MockClock()
+        trio.run(self._serve, clock=self.clock)
+
+    async def _serve(self):
+        self._token = trio.lowlevel.current_trio_token()
+        self._stop = trio.Event()
+        async with trio.open_nursery() as self.nursery:
+            self._ready.set()
+            await self._stop.wait()
+            self.nursery.cancel_scope.cancel()
+
+    def call(self, function, *arguments):
+        return trio.from_thread.run(function, *arguments, trio_token=self._token)
+
+    def close(self):
+        trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
+        self._thread.join(SECONDS_PER_RULE)
+        assert not self._thread.is_alive()
+
+
+class Machine(RuleBasedStateMachine):
+    """Names wanted by somebody, seen running, dead, destroyed; and one host below."""
+
+    patch: pytest.MonkeyPatch
+
+    def __init__(self):
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="capsule-machine-"))
+        self.loop = Loop()
+        self.host = Host(self.root / "host", self.patch, slots=len(NAMES) + 1)
+        self.agent = None
+        self.creating, self.running, self.destroying, self.gone = set(), set(), set(), set()
+        self.deaths = set()
+
+    def teardown(self):
+        self.loop.call(self._stop_agent)
+        self.loop.close()
+        shutil.rmtree(self.root)
+
+    # rules
+
+    @initialize()
+    def begin(self):
+        self.restart(0)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule(name=st.sampled_from(NAMES))
+    def create(self, name):
+        self.loop.call(self._create, name)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule(name=st.sampled_from(NAMES))
+    def destroy(self, name):
+        self.destroying.add(name)
+        self.loop.call(self._destroy, name)
+
+    @precondition(lambda self: self.host.running())
+    @rule(data=st.data())
+    def die(self, data):
+        name = data.draw(st.sampled_from(sorted(self.host.running())))
+        self.loop.call(self._die, name)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule(boots=st.booleans())
+    def guests_come_up(self, boots):
+        """From now on guests answer, or hang at their start; those that hung come up with the others."""
+        self.loop.call(self._guests_come_up, boots)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule(seconds=st.sampled_from([0.5, 5, 70]))
+    def wait(self, seconds):
+        self.loop.call(self._wait, seconds)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule(steps=st.integers(1, 25))
+    def plan_a_kill(self, steps):
+        """kill -9 in the middle of what comes next."""
+        self.host.crash_at = len(self.host.steps) + steps
+
+    @precondition(lambda self: self.agent is not None)
+    @rule()
+    def kill(self):
+        self.loop.call(self._kill)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule()
+    def stop(self):
+        self.loop.call(self._stop_agent)
+
+    @precondition(lambda self: self.agent is None)
+    @rule(crash_at=st.integers(0, 12))
+    def restart(self, crash_at):
+        self.host.crash_at = crash_at or None
+        self.loop.call(self._restart)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule()
+    def acknowledge(self):
+        told = {name for name, _ in self.agent.told()}
+        self.loop.call(self._acknowledge)
+        if self.agent is not None:
+            self.deaths -= told
+
+    @precondition(lambda self: self.agent is None)
+    @rule()
+    def purge(self):
+        self.loop.call(self._purge)
+        assert not self.host.running()
+        assert not self.host.directories()
+        assert not self.host.slots._slots
+        self.creating.clear()
+        self.running.clear()
+
+    # what must be true
+
+    @invariant()
+    def the_agent_knows_what_there_is(self):
+        if self.agent is None:
+            return
+        statuses = self.agent.statuses()
+        busy = {name for name, status in statuses.items() if status != "running"}
+        assert busy <= self.creating, "nothing but a start takes time here"
+        assert self.host.running() - busy == statuses.keys() - busy
+        assert self.host.directories() - busy == statuses.keys() - busy
+        told = {name for name, _ in self.agent.told()}  # a purge tells of those that it finds dead, too
+        assert self.deaths <= told, "a death is told until it is acknowledged"
+
+    @invariant()
+    def nothing_that_was_promised_is_lost(self):
+        assert self.running - self.destroying <= self.host.running()
+        if self.agent is not None:
+            assert not self.gone & self.host.directories()
+            assert not self.gone & self.agent.statuses().keys()
+
+    @invariant()
+    def slots_are_accounted_for(self):
+        if self.agent is not None:
+            figures = self.agent.slots.statistics()
+            assert figures.in_use == len([one for one in self.agent.manager.listing().sandboxes if one.host_ip])
+            assert len(self.host.slots._slots) == figures.in_use + figures.ready
+
+    # inside the loop
+
+    async def _settle(self):
+        await wait_all_tasks_blocked()
+        if self.agent is not None and self.agent.killed:
+            self.agent = None
+        if self.agent is not None:
+            self.running |= {name for name, status in self.agent.statuses().items() if status == "running"}
+        self.running &= self.host.running() | self.destroying
+
+    async def _create(self, name):
+        try:
+            await self.agent.manager.create(request(name, memory_mb=64))
+            self.creating.add(name)
+        except Fault as fault:
+            assert fault.code == "invalid_state"  # noqa: PT017
+            assert name in self.destroying or name in self.deaths or "ended" in fault.message
+        await self._settle()
+
+    async def _destroy(self, name):
+        agent = self.agent
+
+        async def destroy():
+            await agent.destroy(name)
+            if not agent.killed and self.agent is agent:
+                self.gone.add(name)
+                self.running.discard(name)
+
+        agent.nursery.start_soon(destroy)
+        await self._settle()
+
+    async def _die(self, name):
+        if name in self.running:
+            self.running.discard(name)
+            self.deaths.add(name)
+            self.deaths -= self.destroying
+        self.host.vms.machine(name).die("its kernel panicked")
+        await self._settle()
+
+    async def _guests_come_up(self, boots):
+        self.host.guest_options = {"boots": boots}
+        for guest in self.host.guests.values():
+            guest.boots = guest.boots or boots
+        await self._wait(2)
+
+    async def _wait(self, seconds):
+        end = trio.current_time() + seconds
+        while (left := end - trio.current_time()) > 0:
+            await wait_all_tasks_blocked()
+            due = trio.lowlevel.current_statistics().seconds_to_next_deadline
+            self.loop.clock.jump(max(0.001, min(due, left)))
+        await self._settle()
+
+    async def _kill(self):
+        self.agent.kill()
+        await self._settle()
+
+    async def _stop_agent(self):
+        if self.agent is not None:
+            self.agent.nursery.cancel_scope.cancel()
+            await wait_all_tasks_blocked()
+            self.agent = None
+
+    async def _restart(self):
+        crash_at = self.host.crash_at
+        working = trio.Event()
+
+        async def work(agent):
+            self.agent = agent
+            working.set()
+            await trio.sleep_forever()
+
+        async def live():
+            await self.host.live(work, crash_at=crash_at)
+            self.agent = None
+
+        self.creating &= set()
+        self.loop.nursery.start_soon(live)
+        await self._settle()
+
+    async def _acknowledge(self):
+        entries = self.agent.outbox.entries()
+        if entries:
+            try:
+                await self.agent.outbox.acknowledge(entries[-1].sequence)
+            except Crash:
+                self.agent.kill()
+        await self._settle()
+
+    async def _purge(self):
+        self.host.dead = False
+        self.host.crash_at = None
+        await purging.purge(self.host.new_agent().parts, self.root / "host-network.json")
+
+
+def test_any_history(monkeypatch):
+    """See the module."""
+    without_threads(monkeypatch)
+    monkeypatch.setattr(purging, "remove_host_network", lambda _: None)
+    Machine.patch = SimpleNamespace(setattr=monkeypatch.setattr)
+    Machine.TestCase.settings = settings(
+        max_examples=100,
+        stateful_step_count=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    state_machine_test = Machine.TestCase("runTest")
+    state_machine_test.runTest()
