@@ -149,6 +149,14 @@ class Connection(abc.ABC):
             self.close(str(err))
 
 
+def cut(view: memoryview, size: int) -> tuple[bytes, memoryview]:
+    """The first `size` bytes, not copied when they are a `bytes` object already, and the rest."""
+    whole = view.obj
+    if isinstance(whole, bytes) and len(view) == len(whole) <= size:
+        return whole, view[:0]
+    return bytes(view[:size]), view[size:]
+
+
 def lost(reason: str) -> Fault:
     """The fault for everything that waits on a connection that is gone."""
     return Fault(FaultCode.UNAVAILABLE, f"the connection was lost ({reason})", retryable=True)

@@ -13,8 +13,9 @@ from agent.wire.limits import INITIAL_CREDIT
 if TYPE_CHECKING:
     from agent.wire.link import Link
 
-GRANT_AT_BYTES = INITIAL_CREDIT // 4
-"""Consumed bytes that are worth a CREDIT frame."""
+MAX_WINDOW_BYTES = 1024 * 1024
+"""What a sender may have under way to a reader that keeps up. With the initial credit alone a fast sender spends half
+its time waiting for CREDIT; a stream that nobody reads never gets more than that."""
 
 
 _SMALL_BYTES = 512
@@ -26,9 +27,13 @@ _RECORD = struct.Struct(">BH")
 
 
 class Inbox:
-    """Chunks of one stream. Bounded by the credit that the link enforces: at most four bytes held for each of it."""
+    """Chunks of one stream. Bounded by the credit that the link enforces: at most four bytes held for each of it.
 
-    __slots__ = ("_chunks", "_consumed", "_link", "_offset", "_stream", "_waiting", "finished")
+    The window, what the sender may have sent beyond what was read, starts as the initial credit and is granted anew
+    each time half of it was read. It doubles when the reader had by then read everything.
+    """
+
+    __slots__ = ("_chunks", "_consumed", "_link", "_offset", "_stream", "_waiting", "_window", "finished")
 
     def __init__(self, link: Link, stream: int) -> None:
         self.finished = False
@@ -37,6 +42,7 @@ class Inbox:
         self._chunks: deque[tuple[int, bytes] | bytearray] = deque()
         self._offset = 0
         self._consumed = 0
+        self._window = INITIAL_CREDIT
         self._waiting: trio.Event | None = None
 
     def put(self, channel: int, data: bytes) -> None:
@@ -62,7 +68,8 @@ class Inbox:
 
     async def get(self) -> tuple[int, bytes] | None:
         """The next chunk as (channel, bytes), None after the last. One reader at a time."""
-        await trio.lowlevel.checkpoint()
+        if self._chunks or self.finished:
+            await trio.lowlevel.checkpoint()
         while not self._chunks:
             if self.finished:
                 return None
@@ -88,10 +95,13 @@ class Inbox:
 
     def grant_due(self) -> bool:
         """Whether a CREDIT frame was queued for what has been read."""
-        if self._consumed < GRANT_AT_BYTES or self.finished or not self._link.has_stream(self._stream):
+        if self._consumed < self._window // 2 or self.finished or not self._link.has_stream(self._stream):
             return False
-        self._link.grant(self._stream, self._consumed)
-        self._consumed = 0
+        amount, self._consumed = self._consumed, 0
+        if not self._chunks and self._window < MAX_WINDOW_BYTES:
+            amount += self._window
+            self._window *= 2
+        self._link.grant(self._stream, amount)
         return True
 
     def _wake(self) -> None:

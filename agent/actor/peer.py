@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from agent.actor.connection import Connection, lost
+from agent.actor.connection import Connection, cut, lost
 from agent.actor.inbox import Inbox
 from agent.wire import limits
 from agent.wire.faults import Fault, FaultCode, LocalProtocolError
@@ -135,10 +135,10 @@ class OpenedStream:
                 self._credit = trio.Event()
                 await self._credit.wait()
                 continue
-            chunk, view = view[: min(credit, limits.MAX_DATA_BYTES)], view[min(credit, limits.MAX_DATA_BYTES) :]
+            chunk, view = cut(view, min(credit, limits.MAX_DATA_BYTES))
             if self._finished.is_set() or not chunk:
                 continue
-            self._peer.link.send_data(self.number, channel, bytes(chunk))
+            self._peer.link.send_data(self.number, channel, chunk)
             self._peer._flush()  # noqa: SLF001
         if self._finished.is_set() and self._last is None:
             raise lost(self._peer.reason)

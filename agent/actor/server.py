@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import trio
 
-from agent.actor.connection import Connection
+from agent.actor.connection import Connection, cut
 from agent.actor.inbox import Inbox
 from agent.wire import limits
 from agent.wire.faults import Fault, FaultCode, FrameTooLargeError, LocalProtocolError
@@ -138,8 +138,8 @@ class ServedStream:
                 self._credit = trio.Event()
                 await self._credit.wait()
                 continue
-            chunk, view = view[: min(credit, limits.MAX_DATA_BYTES)], view[min(credit, limits.MAX_DATA_BYTES) :]
-            self._peer.link.send_data(self.number, channel, bytes(chunk))
+            chunk, view = cut(view, min(credit, limits.MAX_DATA_BYTES))
+            self._peer.link.send_data(self.number, channel, chunk)
             self._peer._flush()  # noqa: SLF001
 
     def __aiter__(self) -> AsyncIterator[tuple[int, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from itertools import chain
 from typing import Any
 
@@ -10,17 +11,20 @@ import msgspec
 from agent.wire.faults import FrameTooLargeError, LocalProtocolError, RemoteProtocolError
 from agent.wire.framing import PREFIX_BYTES
 from agent.wire.limits import MAX_DEPTH, MAX_FRAME_BYTES
-from agent.wire.messages import Body, Data, Failure, Frame, Open, Reply
+from agent.wire.messages import Body, Failure, Frame, Open, Reply
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Frame] = msgspec.msgpack.Decoder(Frame)
+_DATA_HEADER = struct.Struct(">IBBBIBBBI")
+"""Length; array of 4; tag; uint 32: stream; uint 8: channel; bin 32: payload."""
+
 _SCALARS = frozenset({str, bytes, bool, int, float, type(None)})
 _PLAIN = _SCALARS | {dict, list}
 
 
 def encode(frame: Frame) -> bytearray:
-    """The frame with its length prefix. Whatever the peer would refuse is refused here, except the range of a DATA's
-    fields, which `Link.send_data` looks after: a bad body must fail its own call, not the connection of all others.
+    """The frame with its length prefix. Whatever the peer would refuse is refused here: a bad body must fail its own
+    call, not the connection of all others.
 
     Raises:
         FrameTooLargeError: the frame has more bytes than a frame may have.
@@ -34,13 +38,21 @@ def encode(frame: Frame) -> bytearray:
     length = len(out) - PREFIX_BYTES
     if length > MAX_FRAME_BYTES:
         raise FrameTooLargeError(f"{type(frame).__name__} of {length} bytes; at most {MAX_FRAME_BYTES} fit")
-    if not isinstance(frame, Data):
-        try:
-            decode(memoryview(out)[PREFIX_BYTES:])
-        except RemoteProtocolError as err:
-            raise LocalProtocolError(f"the peer would refuse this {type(frame).__name__}: {err}") from err
+    try:
+        decode(memoryview(out)[PREFIX_BYTES:])
+    except RemoteProtocolError as err:
+        raise LocalProtocolError(f"the peer would refuse this {type(frame).__name__}: {err}") from err
     out[:PREFIX_BYTES] = length.to_bytes(PREFIX_BYTES, "big")
     return out
+
+
+def encode_data_header(stream: int, channel: int, length: int) -> bytes:
+    """The first bytes of a DATA frame with a payload of `length` bytes, which follow as they are.
+
+    Bulk data is not copied into a frame for that; the ranges of the arguments are the caller's business.
+    """
+    frame_bytes = _DATA_HEADER.size - PREFIX_BYTES + length
+    return _DATA_HEADER.pack(frame_bytes, 0x94, 2, 0xCE, stream, 0xCC, channel, 0xC6, length)
 
 
 def decode(payload: bytes | memoryview) -> Frame:

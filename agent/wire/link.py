@@ -11,7 +11,7 @@ from enum import Enum, IntEnum, auto
 from typing import TYPE_CHECKING, Any
 
 from agent.wire import limits
-from agent.wire.codec import decode, encode
+from agent.wire.codec import decode, encode, encode_data_header
 from agent.wire.faults import FaultCode, LocalProtocolError, RemoteProtocolError
 from agent.wire.framing import FrameBuffer
 from agent.wire.messages import (
@@ -97,7 +97,7 @@ class Link:
         self._streams: dict[int, StreamBook] = {}
         self._last_id = 0
         self._buffer = FrameBuffer(max_frame_bytes)
-        self._out: list[bytearray] = []
+        self._out: list[bytes | bytearray] = []
         self.bytes_to_send = 0
         self._began = self._heard = now
         self._ping_sent: float | None = None
@@ -218,7 +218,9 @@ class Link:
             book.spend_send(len(data))
         except StreamRuleBroken as err:
             raise LocalProtocolError(str(err)) from err
-        self._queue(Data(stream, channel, data))
+        header = encode_data_header(stream, channel, len(data))
+        self._out += (header, data)
+        self.bytes_to_send += len(header) + len(data)
 
     def send_end(self, stream: int) -> None:
         """Opener: no more DATA from us."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -41,7 +42,11 @@ def run_watched(main: Callable[..., Any], *, instruments: list[trio.abc.Instrume
     """`trio.run` that reports steps over the limit as a failure, unless the test has failed by itself."""
     held: list[str] = []
     watchdog = LoopWatchdog(lambda task, seconds: held.append(f"{task} ({seconds * 1000:.0f} ms)"), limit=HELD)
-    result = trio.run(main, instruments=[*instruments, watchdog], **options)
+    gc.freeze()  # a full collection of what earlier tests left behind would be a long step, too
+    try:
+        result = trio.run(main, instruments=[*instruments, watchdog], **options)
+    finally:
+        gc.unfreeze()
     assert not held, f"tasks held the event loop: {', '.join(held)}"
     return result
 

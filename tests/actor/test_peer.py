@@ -9,6 +9,7 @@ import structlog
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from agent.actor.inbox import MAX_WINDOW_BYTES
 from agent.actor.peer import GRACE
 from agent.wire import limits
 from agent.wire.faults import Fault, FaultCode
@@ -80,7 +81,7 @@ async def test_chunk_sizes(joined, size):
 
 
 async def test_a_reader_that_stops_stops_the_server(joined):
-    """Nobody reads: the server sends its credit and not a byte more. Reading a quarter lets exactly that follow."""
+    """Nobody reads: the server sends its credit and not a byte more. Reading half of it lets exactly that follow."""
     sent = 0
 
     async def pour(method, body, stream):
@@ -93,7 +94,7 @@ async def test_a_reader_that_stops_stops_the_server(joined):
         await wait_all_tasks_blocked()
         assert sent == limits.INITIAL_CREDIT
         read = 0
-        while read < limits.INITIAL_CREDIT // 4:
+        while read < limits.INITIAL_CREDIT // 2:
             _, data = await anext(stream)
             read += len(data)
         await wait_all_tasks_blocked()
@@ -479,3 +480,27 @@ async def test_a_connection_without_ids_left_ends(joined):
             await opener.call("m", {}, timeout=5)
         assert caught.value.retryable
         await opener.closed.wait()
+
+
+async def test_the_window_of_a_reader_that_keeps_up_grows(joined):
+    """Twice each time up to a megabyte: then that much is under way to a reader that stops, and no more."""
+    sent = 0
+
+    async def pour(method, body, stream):
+        nonlocal sent
+        while True:
+            await stream.send(b"x" * 65_536)
+            sent += 65_536
+
+    async with joined(pour) as (opener, server), opener.open_stream("m", {}) as stream:
+        read = 0
+        while stream.inbox._window < MAX_WINDOW_BYTES:
+            read += len((await anext(stream))[1])
+            assert read < 8 * MAX_WINDOW_BYTES
+        while read < 16 * MAX_WINDOW_BYTES:
+            read += len((await anext(stream))[1])
+        await wait_all_tasks_blocked()
+        assert stream.inbox._window == MAX_WINDOW_BYTES
+        assert sent - read <= MAX_WINDOW_BYTES
+        assert sent - read == MAX_WINDOW_BYTES - stream.inbox._consumed
+        assert server.link._streams[1].send_credit == 0

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.wire.codec import decode, encode
+from agent.wire.codec import decode, encode, encode_data_header
 from agent.wire.faults import FrameTooLargeError, LocalProtocolError, RemoteProtocolError
 from agent.wire.framing import PREFIX_BYTES
 from agent.wire.limits import MAX_FRAME_BYTES
@@ -118,6 +118,14 @@ def test_a_changed_byte_never_raises_anything_else(frame, at, to):
         decode(bytes(payload))
 
 
+@given(stream=st.integers(1, 2**31 - 1), channel=st.integers(0, 255), data=st.binary(min_size=1, max_size=70))
+def test_a_data_header_and_its_payload_are_a_data_frame(stream, channel, data):
+    """The fast way to write DATA says the same as the ordinary one."""
+    written = encode_data_header(stream, channel, len(data)) + data
+    assert decode(written[PREFIX_BYTES:]) == Data(stream, channel, data)
+    assert int.from_bytes(written[:PREFIX_BYTES], "big") == len(written) - PREFIX_BYTES
+
+
 def nested(levels: int) -> dict:
     body: dict = {}
     for _ in range(levels - 1):
@@ -144,6 +152,8 @@ def nested(levels: int) -> dict:
         Failure(1, "c", "m" * 4097, False, {}),
         Failure(1, "c", "m", False, {"k": msgspec.msgpack.Ext(1, b"")}),
         Credit(1, 0),
+        Data(1, 256, b"x"),
+        Data(1, 0, b""),
         Goaway("", "m"),
         Hello(1, ["f"] * 33, 0, 0),
     ],
