@@ -11,30 +11,6 @@ import trio
 from agent.wire.faults import Fault, FaultCode
 from capsule import errors
 
-ALL_FAULTS = {
-    FaultCode.BUSY: errors.Busy,
-    FaultCode.CANCELLED: errors.HostUnavailable,
-    FaultCode.CONFLICT: errors.Conflict,
-    FaultCode.DEADLINE_EXCEEDED: errors.HostUnavailable,
-    FaultCode.DISK_FULL: errors.DiskFull,
-    FaultCode.DRAINING: errors.Busy,
-    FaultCode.INTERNAL: errors.HostUnavailable,
-    FaultCode.INVALID_ARGUMENT: errors.InvalidRequest,
-    FaultCode.INVALID_STATE: errors.InvalidState,
-    FaultCode.IO_ERROR: errors.Conflict,
-    FaultCode.IS_A_DIRECTORY: errors.IsADirectory,
-    FaultCode.NOT_A_DIRECTORY: errors.NotADirectory,
-    FaultCode.NOT_A_FILE: errors.NotAFile,
-    FaultCode.NOT_FOUND: errors.NotFound,
-    FaultCode.NO_CAPACITY: errors.NoHostsAvailable,
-    FaultCode.PERMISSION_DENIED: errors.PermissionDenied,
-    FaultCode.SIZE_MISMATCH: errors.InvalidRequest,
-    FaultCode.TOO_LARGE: errors.TooLarge,
-    FaultCode.TOO_MANY_PROCESSES: errors.TooManyExecs,
-    FaultCode.UNAVAILABLE: errors.HostUnavailable,
-    FaultCode.UNKNOWN_METHOD: errors.HostUnavailable,
-}
-
 
 async def test_a_sandbox_runs_when_the_answer_comes(virtual_clock, world, agent, plane, request_body):
     """The view, the row, the host and the audit trail say the same."""
@@ -130,12 +106,12 @@ async def test_a_bad_request_is_not_told_to_try_again(virtual_clock, world, requ
 
 
 @pytest.mark.parametrize("code", list(FaultCode))
-async def test_each_failure_of_the_host(virtual_clock, world, agent, plane, request_body, code):
+async def test_each_failure_of_the_host(virtual_clock, world, agent, plane, request_body, code, error_of):
     """The API's error for it, the row in `error` with the reason, and no VM."""
     agent.faults["sandbox.create"] = Fault(code, f"it was \x00 {code}", retryable=True)
     with pytest.raises(errors.CapsuleError) as caught:
         await plane.sandboxes.create(world.principal, request_body, None)
-    assert type(caught.value) is ALL_FAULTS[code]
+    assert type(caught.value) is error_of[code]
     (row,) = (await world.rows()).values()
     assert (row.status, row.reason, row.started_at) == ("error", f"it was   {code}", None)
     assert await world.disagreements() == []
