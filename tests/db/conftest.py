@@ -26,7 +26,7 @@ def eventually() -> Callable[[Condition], Awaitable[None]]:
 
     async def wait(condition: Condition) -> None:
         with trio.fail_after(20):
-            while not await holds(condition):  # noqa: ASYNC110 - another process's state gives no event
+            while not await holds(condition):
                 await trio.sleep(0.01)
 
     return wait

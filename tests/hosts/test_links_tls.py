@@ -133,7 +133,7 @@ async def test_a_row_ahead_of_its_agent_is_waited_for(authority, directory, link
     with trio.fail_after(10):
         async with trio.open_nursery() as callers:
             callers.start_soon(ask)
-            while not any(link.failed_dials for link in links.statistics().values()):  # noqa: ASYNC110 - a level
+            while not any(link.failed_dials for link in links.statistics().values()):
                 await trio.sleep(0.01)
             install_certificate(agent.context, renewed)
     assert len(answers) == 1

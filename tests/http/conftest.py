@@ -108,7 +108,7 @@ def until():
 
     async def wait(condition, limit=10):
         with trio.fail_after(limit):
-            while not condition():  # noqa: ASYNC110 - what we wait for happens in code that has no event for us
+            while not condition():
                 await trio.sleep(0.01)
 
     return wait
