@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+import msgspec
 import structlog
 import trio
 
@@ -27,7 +28,7 @@ from capsule.monitor.reconcile import Change, DestroyAgain, plan, settled, stran
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from agent.wire.calls import HostListing, OutboxEntry, TemplateDescription
+    from agent.wire.calls import HostListing, OutboxEntry
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
     from capsule.db.queries.sandboxes import SandboxRow
@@ -100,9 +101,10 @@ class HostFollower:
         answer = await self._links.call(self._host, "host.describe", {}, timeout=CALL_TIMEOUT)
         for image in parse_answer(calls.HostDescription, answer).templates:
             try:
-                await self._db.transaction(_upsert_base, image)
-            except ConstraintViolated as err:
-                log.warning("template_refused", template=image.name, constraint=err.name)
+                name = msgspec.convert(image.name, calls.TemplateName)
+                await self._db.transaction(_upsert_base, name, image.size_bytes)
+            except (msgspec.ValidationError, ConstraintViolated) as err:
+                log.warning("template_refused", template=image.name, reason=str(err))
 
     async def _reconcile(self, endings: trio.Nursery) -> bool:
         """One round; False when the outbox has news that is not in the rows yet."""
@@ -122,7 +124,7 @@ class HostFollower:
         try:
             await self._db.transaction(_change, step)
         except ConstraintViolated as err:
-            log.exception("row_not_reconciled", sandbox_id=str(step.row.id), constraint=err.name)
+            log.warning("row_not_reconciled", sandbox_id=str(step.row.id), constraint=err.name)
 
     async def _acknowledge(self, listing: HostListing) -> bool:
         """Let go of the entries, from the oldest on, that the rows do not need any more; False when some are left."""
@@ -170,8 +172,8 @@ class HostFollower:
             self._ending.discard(sandbox)
 
 
-async def _upsert_base(tx: Connection, image: TemplateDescription) -> None:
-    await templates.upsert_base(tx, name=image.name, size_bytes=min(max(image.size_bytes, 0), 2**63 - 1))
+async def _upsert_base(tx: Connection, name: str, size_bytes: int) -> None:
+    await templates.upsert_base(tx, name=name, size_bytes=min(max(size_bytes, 0), 2**63 - 1))
 
 
 async def _rows_of(connection: Connection, ids: Collection[UUID]) -> dict[UUID, SandboxRow]:

@@ -102,7 +102,7 @@ class Monitor:
         try:
             await self._db.transaction(fn, *args)
         except ConstraintViolated as err:
-            log.exception("monitor_write_refused", constraint=err.name)
+            log.warning("monitor_write_refused", constraint=err.name)
 
     def _follow(self, live: list[HostRow], nursery: trio.Nursery) -> None:
         ids = {host.id for host in live}
