@@ -28,8 +28,8 @@ REASON_CHARACTERS = 500
 
 
 def _first_sequence() -> int:
-    """Milliseconds since the epoch: more than any outbox counted to before its file was lost."""
-    return int(time.time() * 1000)
+    """Microseconds since the epoch: more than any outbox counted to before its file was lost."""
+    return time.time_ns() // 1000
 
 
 class _Stored(msgspec.Struct):

@@ -87,9 +87,6 @@ class StateDirectory:
     def forget(self, sandbox_id: str) -> None:
         """Remove a sandbox's directory; harmless when it is gone."""
         directory = self.directory(sandbox_id)
-        if directory.is_symlink() or directory.is_file():
-            directory.unlink()
-            return
         # The record goes first: half a directory without one is rubbish to collect, a record without its disk is not.
         (directory / RECORD_FILE).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
@@ -99,7 +96,7 @@ class StateDirectory:
         """Every sandbox directory with its record; None where the record is missing, unreadable or another one's."""
         found: dict[str, Record | None] = {}
         for directory in self.sandboxes.iterdir():
-            if SANDBOX_ID.fullmatch(directory.name):
+            if SANDBOX_ID.fullmatch(directory.name) and directory.is_dir() and not directory.is_symlink():
                 found[directory.name] = _read(directory)
             else:
                 log.warning("foreign_entry_ignored", path=str(directory))

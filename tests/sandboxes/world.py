@@ -138,6 +138,11 @@ class Host:
         self.life = Agent(self, memory_mb, options)
         return self.life
 
+    def change_record(self, name, **changes):
+        """Between two lives."""
+        file = self.state.directory(name) / "record.json"
+        file.write_bytes(msgspec.json.encode({**msgspec.json.decode(file.read_bytes()), **changes}))
+
     def connect_guest(self, address):
         guest = self.guests[address] = FakeGuest(address, **self.guest_options)
         return guest
@@ -347,7 +352,7 @@ class _Shutil:
 
     def rmtree(self, path):
         self._host.step("rmtree")
-        for file in path.iterdir():
+        for file in (one for one in path.iterdir() if not one.is_dir() or one.is_symlink()):
             file.unlink()
             self._host.step("unlinked")
         shutil.rmtree(path)
