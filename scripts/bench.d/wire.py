@@ -175,8 +175,8 @@ def run() -> list[tuple[str, float, str, float]]:
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None  # noqa: S101
-                ports = [int(process.stdout.readline()) for _ in range(2)]
-                figures = trio.run(measure, *ports, context(ssl.PROTOCOL_TLS_CLIENT, str(path)))
+                ours, bare = int(process.stdout.readline()), int(process.stdout.readline())
+                figures = trio.run(measure, ours, bare, context(ssl.PROTOCOL_TLS_CLIENT, str(path)))
             finally:
                 process.kill()
     lines = []

@@ -20,6 +20,9 @@ from agent.actor.watchdog import LoopWatchdog
 HELD = 0.1
 """Twice the daemons' limit: on a shared machine a virtual CPU that was taken away counts as time spent computing."""
 
+BOUND, BOUND_VIRTUAL = 30.0, 100_000.0
+"""Seconds a test may take, on the real and on a fake clock."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "may_hold_loop: this test's tasks may hold the event loop")
@@ -39,12 +42,17 @@ def watch_loop(request: pytest.FixtureRequest) -> None:
 
 
 def run_watched(main: Callable[..., Any], *, instruments: list[trio.abc.Instrument], **options: Any) -> Any:
-    """`trio.run` that reports steps over the limit as a failure, unless the test has failed by itself."""
+    """`trio.run` with a bound on the whole test, which reports steps over the limit as a failure."""
+
+    async def bounded() -> Any:
+        with trio.fail_after(BOUND if options.get("clock") is None else BOUND_VIRTUAL):
+            return await main()
+
     held: list[str] = []
     watchdog = LoopWatchdog(lambda task, seconds: held.append(f"{task} ({seconds * 1000:.0f} ms)"), limit=HELD)
     gc.freeze()  # a full collection of what earlier tests left behind would be a long step, too
     try:
-        result = trio.run(main, instruments=[*instruments, watchdog], **options)
+        result = trio.run(bounded, instruments=[*instruments, watchdog], **options)
     finally:
         gc.unfreeze()
     assert not held, f"tasks held the event loop: {', '.join(held)}"

@@ -15,6 +15,7 @@ from agent.actor.server import ServerPeer
 from agent.wire import limits
 from agent.wire.codec import encode
 from agent.wire.faults import Fault, FaultCode
+from agent.wire.link import Link, Role
 from agent.wire.messages import Data, End, Goaway, Hello, Open, Ping, Reply
 
 HELLO = encode(Hello(limits.VERSION, [], limits.INITIAL_CREDIT, limits.MAX_STREAMS))
@@ -173,6 +174,26 @@ async def test_live_peers_keep_each_other(joined, autojump_clock):
         assert not server.closed.is_set()
         assert opener.link._ping_nonce + server.link._ping_nonce >= 0.45 * 3600 / limits.PING_INTERVAL
         assert await opener.call("m", {"k": 1}, timeout=5) == {"k": 1}
+
+
+async def test_a_peer_that_only_answers_is_asked_every_interval(autojump_clock):
+    """A PONG starts the next interval: the following PING does not wait for the time-out of the one before."""
+    near, far = memory_stream_pair()
+    link = Link(Role.SERVER, now=0.0)
+    peer = OpenerPeer(near)
+
+    async def answer() -> None:
+        while data := await far.receive_some():
+            link.receive_data(data, 0.0)
+            await far.send_all(link.data_to_send())
+
+    async with trio.open_nursery() as nursery:
+        await far.send_all(link.data_to_send())
+        await nursery.start(peer.run)
+        nursery.start_soon(answer)
+        await trio.sleep(10.5 * limits.PING_INTERVAL)
+        assert peer.link._ping_nonce == 10
+        peer.close()
 
 
 class NeverRead(trio.abc.Stream):

@@ -504,3 +504,14 @@ async def test_the_window_of_a_reader_that_keeps_up_grows(joined):
         assert sent - read <= MAX_WINDOW_BYTES
         assert sent - read == MAX_WINDOW_BYTES - stream.inbox._consumed
         assert server.link._streams[1].send_credit == 0
+
+
+async def test_a_conversation_needs_no_end(joined):
+    """Each word is answered before the next is said: whatever is sent leaves at once, in both directions."""
+    async with joined(echo) as (opener, _), opener.open_stream("m", {}) as stream:
+        await wait_all_tasks_blocked()
+        for word in (b"one", b"two", b"three"):
+            with trio.fail_after(5):
+                await stream.send(word)
+                assert await anext(stream) == (0, word)
+            await wait_all_tasks_blocked()
