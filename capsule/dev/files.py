@@ -106,7 +106,7 @@ def _open(record: ProgramRecord) -> int | None:
     """A descriptor of the process, which no other process can become; None when it is gone."""
     try:
         fd = os.pidfd_open(record.pid)
-    except (ProcessLookupError, ValueError, OverflowError):
+    except (OSError, OverflowError):
         return None
     if start_time(record.pid) == record.start_time:
         return fd
