@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from agent.sandboxes.manager import Manager
     from agent.sandboxes.outbox import Outbox
 
+HOSTS_ALONE = frozenset({FaultCode.DRAINING, FaultCode.NO_CAPACITY})
+"""What a host says of itself; from a guest it would send the control plane elsewhere."""
+
 
 class Handlers:
     """`Handlers(...)` is a `server.Handler`."""
@@ -118,6 +121,8 @@ async def _quietly(up: Callable[[], Awaitable[None]]) -> None:
 
 def _explain(fault: Fault, *, ended: bool) -> Fault:
     """A guest's fault, or a lost guest connection, in words for the user."""
+    if fault.code in HOSTS_ALONE:
+        return Fault(FaultCode.UNAVAILABLE, "the sandbox takes no calls now", retryable=True)
     if fault.code != FaultCode.UNAVAILABLE:
         # `object` is our word for what was not found on this host; a guest cannot say that its sandbox is gone.
         details = {key: value for key, value in fault.details.items() if key != "object"}
