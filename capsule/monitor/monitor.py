@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVarTuple
 import structlog
 import trio
 
+from agent.actor.supervise import RestartPolicy, supervise
 from agent.wire.lifecycle import Status
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import audit, hosts, sandboxes
@@ -40,6 +41,8 @@ OVERDUE_MARGIN = timedelta(seconds=10)
 HEARTBEAT_MARGIN = 10.0
 """Seconds a heartbeat may take. When all control planes were away, nobody could be heard: silence counts only after one
 interval, and this, of listening."""
+AFTER_A_BUG = RestartPolicy(restarts=5, within=120.0)
+"""Beyond that the control plane ends: one that looks after nothing must not look well."""
 BECOMES_MISSING = frozenset({Status.RUNNING, Status.PAUSING, Status.RESUMING})
 
 
@@ -55,7 +58,10 @@ class Monitor:
         self.leading = False
 
     async def run(self) -> None:
-        """Lead whenever nobody else does; until cancelled."""
+        """Lead whenever nobody else does; until cancelled. TooManyFailures when a bug keeps it from that."""
+        await supervise("monitor", self._lead_always, AFTER_A_BUG)
+
+    async def _lead_always(self) -> None:
         while True:
             try:
                 lease = await self._db.try_lead(LEAD_KEY)

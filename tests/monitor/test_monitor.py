@@ -7,9 +7,10 @@ from datetime import timedelta
 import pytest
 import trio
 
+from agent.actor.supervise import TooManyFailures
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.monitor import monitor as module
-from capsule.monitor.monitor import INTERVAL, OVERDUE_MARGIN
+from capsule.monitor.monitor import INTERVAL, OVERDUE_MARGIN, Monitor
 
 ADVISORY = """from pg_locks where locktype = 'advisory'
               and database = (select oid from pg_database where datname = current_database())"""
@@ -263,3 +264,27 @@ async def test_the_database_is_away_for_a_while(virtual_clock, world, agent, bea
     await world.settle(seconds=60)
     assert (await world.row(row.id)).reason == "died unseen"
     assert plane.monitor.leading
+
+
+async def test_a_bug_now_and_then(virtual_clock, world, agent, beats, eventually, monkeypatch):
+    """It stops leading and leads again; one that stays ends the control plane instead of looking after nothing."""
+    failures = [RuntimeError("bug")] * 3
+    look = Monitor._look
+
+    async def buggy(self, nursery):
+        if failures:
+            raise failures.pop()
+        await look(self, nursery)
+
+    monkeypatch.setattr(Monitor, "_look", buggy)
+    plane = await world.control_plane(monitor=True)
+    row = await world.insert(agent, "running")
+
+    async def mended():
+        return (await world.row(row.id)).status == "error"
+
+    await eventually(mended)
+    plane.kill()
+    failures.extend([RuntimeError("bug")] * 100)
+    with pytest.raises(TooManyFailures):
+        await Monitor(world.db, plane.links, world.settings).run()
