@@ -12,12 +12,13 @@ serve
 
 from __future__ import annotations
 
+import re
 import signal
-from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import structlog
 import trio
@@ -50,12 +51,11 @@ from capsule.scheduler.placement import Overcommit
 from capsule.scheduler.scheduler import Scheduler, fleet_reader
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from capsule.config import Settings
 
 log = structlog.get_logger()
 
+HOST_FORM = re.compile(r"(\[[^\[\]]*\]|[^\[\]:]*)(:[0-9]{1,5})?")
 POOL_SIZE = 16
 HTTP_GRACE = 10.0
 """Seconds that requests get to finish after a stop request."""
@@ -70,27 +70,24 @@ def run(settings: Settings) -> None:
 
 async def serve(settings: Settings) -> None:
     """The control plane. Ends by a signal; raises what kept it from starting."""
+    check_database_url(settings.database_url)
     stop = trio.Event()
     async with trio.open_nursery() as signals:
         await signals.start(_watch_signals, stop, settings.shutdown_timeout)
-        async with database(settings, max_size=POOL_SIZE) as db:
+        log.info("control_plane_starting", bind=settings.bind)
+        async with open_database(settings.database_url, max_size=POOL_SIZE) as db:
             if await _reached(db, stop):
                 await _serve(settings, db, stop)
         signals.cancel_scope.cancel()
     log.info("control_plane_stopped")
 
 
-@asynccontextmanager
-async def database(settings: Settings, *, max_size: int) -> AsyncIterator[Database]:
-    """The database of the settings, which need not be up yet. SettingsError when its URL is none."""
-    async with AsyncExitStack() as stack:
-        try:
-            db = await stack.enter_async_context(open_database(settings.database_url, max_size=max_size))
-        except ValueError as err:  # its text may quote the password
-            raise SettingsError(
-                "CAPSULE_DATABASE_URL must be a URL such as postgresql://user:password@host:5432/capsule"
-            ) from err
-        yield db
+def check_database_url(url: str) -> None:
+    """SettingsError when `url` cannot be the address of a database. Nothing of it is quoted: it has a password."""
+    parts = urlsplit(url)
+    hosts = parts.netloc.rpartition("@")[2].split(",")
+    if parts.scheme not in {"postgresql", "postgres"} or not all(HOST_FORM.fullmatch(host) for host in hosts):
+        raise SettingsError("CAPSULE_DATABASE_URL must be like postgresql://user:password@host:5432/capsule")
 
 
 async def wait_for_database(db: Database) -> None:

@@ -29,6 +29,7 @@ from capsule import config, control
 from capsule.db.embedded import PostgresHandle, run_postgres
 from capsule.db.errors import DatabaseError
 from capsule.db.migrate import migrate
+from capsule.db.pool import Database, open_database
 from capsule.dev import bootstrap, environments, files
 from capsule.dev.banner import banner
 from capsule.dev.program import Program
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from capsule.config import Settings
-    from capsule.db.pool import Database
 
 log = structlog.get_logger()
 
@@ -218,7 +218,8 @@ async def run(options: Options) -> None:
             )
             environ["CAPSULE_DATABASE_URL"] = postgres.dsn
         settings = config.load(environ)
-        async with control.database(settings, max_size=2) as db:
+        control.check_database_url(settings.database_url)
+        async with open_database(settings.database_url, max_size=2) as db:
             await control.wait_for_database(db)
             await Platform(options, environ, settings, postgres, db).run(stop)
         nursery.cancel_scope.cancel()
