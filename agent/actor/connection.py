@@ -100,6 +100,17 @@ class Connection(abc.ABC):
         while self.link.bytes_to_send > HIGH_WATER_BYTES and not self.closed.is_set():
             await self._room.park()
 
+    def _sendable(self, stream: int, left: int) -> int:
+        """How many of `left` bytes go into the next DATA frame; 0 as long as there is not enough credit.
+
+        What fits into one frame is not cut by the credit of the moment, for a frame may be a message. Receivers grant
+        half of their window at the latest, so that half always comes back and waiting for it is safe.
+        """
+        credit = self.link.send_credit(stream)
+        window = self.link.peer_hello.initial_credit if self.link.peer_hello is not None else 0
+        whole = min(left, limits.MAX_DATA_BYTES, max(1, window // 2))
+        return min(left, limits.MAX_DATA_BYTES, credit) if credit >= whole else 0
+
     async def _wait_until_written(self) -> None:
         while (self.link.bytes_to_send or self._writing) and not self.closed.is_set():
             await self._idle.park()

@@ -122,7 +122,8 @@ class OpenedStream:
         self._credit = trio.Event()
 
     async def send(self, data: bytes | memoryview, channel: int = 0) -> None:
-        """Send bytes, waiting for the server's credit. Stops quietly when the answer is already there.
+        """Send bytes, waiting for the server's credit; up to 64 KiB arrive as one chunk. Stops quietly when the answer
+        is already there.
 
         Raises Fault `unavailable` when the connection is lost.
         """
@@ -130,14 +131,14 @@ class OpenedStream:
         view = memoryview(data)
         while view and not self._finished.is_set():
             await self._peer._wait_for_room()  # noqa: SLF001
-            credit = self._peer.link.send_credit(self.number)
-            if credit == 0 and not self._finished.is_set():
+            if self._finished.is_set():
+                break
+            size = self._peer._sendable(self.number, len(view))  # noqa: SLF001
+            if size == 0:
                 self._credit = trio.Event()
                 await self._credit.wait()
                 continue
-            chunk, view = cut(view, min(credit, limits.MAX_DATA_BYTES))
-            if self._finished.is_set() or not chunk:
-                continue
+            chunk, view = cut(view, size)
             self._peer.link.send_data(self.number, channel, chunk)
             self._peer._flush()  # noqa: SLF001
         if self._finished.is_set() and self._last is None:

@@ -126,19 +126,19 @@ class ServedStream:
         self._credit = trio.Event()
 
     async def send(self, data: bytes | memoryview, channel: int = 0) -> None:
-        """Send bytes, waiting for the opener's credit."""
+        """Send bytes, waiting for the opener's credit; up to 64 KiB arrive as one chunk."""
         await trio.lowlevel.checkpoint()
         view = memoryview(data)
         while view:
             await self._peer._wait_for_room()  # noqa: SLF001
             if self._peer.closed.is_set():
                 await trio.sleep_forever()  # the connection's nursery is cancelling this handler
-            credit = self._peer.link.send_credit(self.number)
-            if credit == 0:
+            size = self._peer._sendable(self.number, len(view))  # noqa: SLF001
+            if size == 0:
                 self._credit = trio.Event()
                 await self._credit.wait()
                 continue
-            chunk, view = cut(view, min(credit, limits.MAX_DATA_BYTES))
+            chunk, view = cut(view, size)
             self._peer.link.send_data(self.number, channel, chunk)
             self._peer._flush()  # noqa: SLF001
 

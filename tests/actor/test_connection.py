@@ -247,6 +247,7 @@ async def test_a_peer_that_does_not_read_is_dropped_at_the_limit():
         while peer.link.bytes_to_send + chunk + 100 < connection.OUTPUT_LIMIT_BYTES:
             peer.link.goaway("c", "x" * chunk)
             peer._flush()
+            await trio.lowlevel.checkpoint()
             assert not peer._scope.cancel_called
         for _ in range(2):
             peer.link.goaway("c", "x" * chunk)

@@ -10,9 +10,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from agent.actor.inbox import MAX_WINDOW_BYTES
-from agent.actor.peer import GRACE
+from agent.actor.peer import GRACE, OpenerPeer
 from agent.wire import limits
 from agent.wire.faults import Fault, FaultCode
+from agent.wire.link import Link, Role
+from agent.wire.messages import Data, End, Open
 
 
 async def echo(method, body, stream):
@@ -515,3 +517,53 @@ async def test_a_conversation_needs_no_end(joined):
                 await stream.send(word)
                 assert await anext(stream) == (0, word)
             await wait_all_tasks_blocked()
+
+
+@pytest.mark.parametrize("size", [1, 30_000, 65_536])
+async def test_a_message_is_not_cut_by_credit(joined, size):
+    """Messages up to 64 KiB arrive whole however the credit falls, in both directions: frames of notices are maps."""
+    async with joined(echo) as (opener, _), opener.open_stream("m", {}) as stream:
+
+        async def pour() -> None:
+            for _ in range(40):
+                await stream.send(b"x" * size)
+            await stream.end()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pour)
+            await wait_all_tasks_blocked()  # all credit of both directions is spent
+            assert [len(data) async for _, data in stream] == [size] * 40
+
+
+@pytest.mark.parametrize("credit", [0, 1, 3, 100])
+async def test_a_peer_with_a_small_window(credit):
+    """A receiver that starts with little credit, or none, gets its bytes as it grants them."""
+    near, far = trio.testing.memory_stream_pair()
+    link = Link(Role.SERVER, now=0.0, initial_credit=credit)
+    peer = OpenerPeer(near)
+    got = bytearray()
+
+    async def server() -> None:
+        await far.send_all(link.data_to_send())
+        while data := await far.receive_some():
+            for frame in link.receive_data(data, 0.0):
+                match frame:
+                    case Open(stream=number) if credit == 0:
+                        link.grant(number, 5)
+                    case Data(stream=number, data=chunk):
+                        got.extend(chunk)
+                        link.grant(number, len(chunk))
+                    case End(stream=number):
+                        link.reply(number, {})
+            if link.bytes_to_send:
+                await far.send_all(link.data_to_send())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server)
+        await nursery.start(peer.run)
+        async with peer.open_stream("m", {}) as stream:
+            await stream.send(bytes(range(256)))
+            await stream.end()
+            await stream.reply()
+        peer.close()
+    assert got == bytes(range(256))
