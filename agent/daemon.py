@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import signal
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +55,8 @@ HOST_NETWORK_FILE = "host-network.json"
 CREDENTIALS_FILE = "credentials.json"
 HARD_DEADLINE = 20
 """Seconds from the stop request to the end of the process, whatever hangs: the kernel's alarm sees to it."""
+REGISTER_SECONDS = 15
+"""For spending the one-time token and writing down what it bought: a stop in between would waste it."""
 
 
 class NotRegistered(Exception):  # noqa: N818 - reads as what is wrong
@@ -71,13 +74,14 @@ async def serve(settings: Settings) -> None:
     root = state.root
     await trio.to_thread.run_sync(state.prepare)
     lock_state_directory(root)
-    stop = trio.Event()
+    stop, serving = trio.Event(), trio.Event()
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, stop)
+        nursery.start_soon(_stop_early, stop, serving, nursery.cancel_scope)
         async with ControlPlane(settings.url or await _stored_url(root)) as control_plane:
-            credentials = await _credentials(settings, CredentialsFile(root / CREDENTIALS_FILE), control_plane)
+            credentials = await _credentials(settings, state, control_plane)
             await run_in_slot_thread(partial(ensure_host_network, root / HOST_NETWORK_FILE))
-            await _serve_host(settings, state, control_plane, credentials, stop)
+            await _serve_host(settings, state, control_plane, credentials, stop, serving)
         nursery.cancel_scope.cancel()
     log.info("agent_stopped")
 
@@ -88,6 +92,7 @@ async def _serve_host(
     control_plane: ControlPlane,
     credentials: Credentials,
     stop: trio.Event,
+    serving: trio.Event,
 ) -> None:
     parts = await make_parts(settings, state)
     manager = Manager(parts, memory_mb=settings.memory_for_guests())
@@ -110,6 +115,7 @@ async def _serve_host(
         )
         await nursery.start(heartbeat.run)
         log.info("agent_serving", host_id=credentials.host_id, port=port, driver=parts.vms.name, adopted=len(adopted))
+        serving.set()
         await stop.wait()
         manager.drain()
         await _drain(peers, settings.drain_seconds)
@@ -140,7 +146,6 @@ async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:
 async def describe(settings: Settings, parts: HostParts) -> HostDescription:
     """What this host is and has."""
     disk = await trio.to_thread.run_sync(shutil.disk_usage, parts.state.root)
-    images = await trio.to_thread.run_sync(parts.images.list)
     return HostDescription(
         version=version("capsule"),
         driver=parts.vms.name,
@@ -148,18 +153,25 @@ async def describe(settings: Settings, parts: HostParts) -> HostDescription:
         memory_mb=settings.memory_for_guests(),
         disk_mb=disk.total // 2**20,
         disk_free_mb=disk.free // 2**20,
-        templates=[
-            TemplateDescription(
-                name=image.name,
-                digest=image.digest,
-                disk_mb=image.disk_mb,
-                size_bytes=image.rootfs.stat().st_blocks * 512,
-                platform=image.platform,
-                created_at=image.created_at.timestamp(),
-            )
-            for image in images
-        ],
+        templates=await trio.to_thread.run_sync(_templates, parts.images),
     )
+
+
+def _templates(images: ImageStore) -> list[TemplateDescription]:
+    found: list[TemplateDescription] = []
+    for image in images.list():
+        with suppress(FileNotFoundError):  # collected since it was listed
+            found.append(
+                TemplateDescription(
+                    name=image.name,
+                    digest=image.digest,
+                    disk_mb=image.disk_mb,
+                    size_bytes=image.rootfs.stat().st_blocks * 512,
+                    platform=image.platform,
+                    created_at=image.created_at.timestamp(),
+                )
+            )
+    return found
 
 
 async def _stored_url(root: Path) -> str:
@@ -169,14 +181,15 @@ async def _stored_url(root: Path) -> str:
     return stored.url
 
 
-async def _credentials(settings: Settings, file: CredentialsFile, control_plane: ControlPlane) -> Credentials:
+async def _credentials(settings: Settings, state: StateDirectory, control_plane: ControlPlane) -> Credentials:
     """Those on disk; else register with the one-time token."""
+    file = CredentialsFile(state.root / CREDENTIALS_FILE)
     stored = await file.load()
     if stored is not None:
         return stored
     if not settings.token:
         raise NotRegistered("this host is not registered: set CAPSULE_AGENT_URL and CAPSULE_AGENT_TOKEN")
-    disk = shutil.disk_usage(settings.state)
+    disk = await trio.to_thread.run_sync(shutil.disk_usage, state.root)
     capacity = Capacity(
         arch=platform.machine(),
         cpu_cores=os.cpu_count() or 1,
@@ -184,10 +197,12 @@ async def _credentials(settings: Settings, file: CredentialsFile, control_plane:
         disk_gb=max(1, disk.total // 2**30),
     )
     address = settings.address or f"{settings.bind_host}:{settings.bind_port}"
-    credentials = await control_plane.register(settings.token, address, capacity)
-    await file.save(credentials)
-    log.info("host_registered", host_id=credentials.host_id, address=address)
-    return credentials
+    with trio.move_on_after(REGISTER_SECONDS, shield=True):
+        credentials = await control_plane.register(settings.token, address, capacity)
+        await file.save(credentials)
+        log.info("host_registered", host_id=credentials.host_id, address=address)
+        return credentials
+    raise NotRegistered(f"this host could not be registered in {REGISTER_SECONDS} s: try again with a fresh token")
 
 
 async def _serve_peer(handlers: Handlers, peers: set[ServerPeer], stream: TlsStream) -> None:
@@ -214,10 +229,18 @@ async def _drain(peers: set[ServerPeer], seconds: float) -> None:
                 nursery.start_soon(peer.drain, "the agent stops")
 
 
+async def _stop_early(stop: trio.Event, serving: trio.Event, scope: trio.CancelScope) -> None:
+    """Before it serves, a stop may end the daemon at any point: the next one collects what was begun."""
+    await stop.wait()
+    if not serving.is_set():
+        scope.cancel()
+
+
 async def _watch_signals(stop: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         task_status.started()
         async for number in signals:
             log.info("stop_requested", signal=signal.Signals(number).name)
-            signal.alarm(HARD_DEADLINE)
+            if not stop.is_set():  # a second request must not put the end off
+                signal.alarm(HARD_DEADLINE)
             stop.set()

@@ -105,8 +105,9 @@ class GuestLink:
     async def wait_connected(self, deadline: float) -> OpenerPeer:
         """The live peer. Fault `unavailable` when there is none until `deadline` (Trio time)."""
         with trio.move_on_at(deadline):
-            while self._peer is None:
+            while self._peer is None or self._peer.closed.is_set():
                 await self._connected.wait()
+                await trio.lowlevel.checkpoint()  # `run` is about to see that the connection has ended
             return self._peer
         raise Fault(FaultCode.UNAVAILABLE, "the guest daemon does not answer", retryable=True)
 
