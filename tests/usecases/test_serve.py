@@ -182,7 +182,11 @@ def test_the_hard_deadline(serve, postgres_dsn, free_port):
     process = serve(SECRET, f"CAPSULE_DATABASE_URL={postgres_dsn}", "CAPSULE_SHUTDOWN_TIMEOUT=0.4")
     wait_for(process, "control_plane_serving")
     with socket.create_connection(("127.0.0.1", free_port)) as slow:
-        slow.sendall(b"POST /v1/hosts/register HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
+        head = (
+            b"POST /v1/hosts/register HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nContent-Length: 100\r\n"
+        )
+        slow.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        assert slow.recv(100).startswith(b"HTTP/1.1 100")  # it has begun, and waits for the body
         process.send_signal(signal.SIGTERM)
         wait_for(process, "stop_requested")
         process.send_signal(signal.SIGTERM)
