@@ -221,9 +221,9 @@ async def test_a_create_while_the_start_is_failing_hears_why(host, autojump_cloc
 async def test_memory_admission(host, autojump_clock):
     """What does not fit is refused at once, with the figures; what is being made or removed counts."""
     host.guest_options = {"boots": False}
-    async with host.agent(memory_mb=1000) as agent:
+    async with host.agent(memory_mb=1256) as agent:
         await agent.manager.create(request(ONE, memory_mb=600))
-        with pytest.raises(Fault, match="600 of 1000 MiB are taken") as caught:
+        with pytest.raises(Fault, match="728 of 1256 MiB are taken") as caught:
             await agent.create(TWO, memory_mb=401)
         assert (caught.value.code, caught.value.retryable) == (FaultCode.NO_CAPACITY, True)
         await agent.manager.create(request(sandbox_id(3), memory_mb=400))

@@ -65,6 +65,7 @@ class Fleet:
             drain_seconds=1.0,
         )
         lock = daemon.lock_state_directory
+        monkeypatch.setattr(daemon, "lock_host_network", lambda: None)
         monkeypatch.setattr(daemon, "ensure_host_network", lambda _: None)
         monkeypatch.setattr(daemon, "make_parts", self.make_parts)
         monkeypatch.setattr(daemon, "lock_state_directory", lambda root: self.locks.append(lock(root)))

@@ -144,7 +144,6 @@ async def test_a_guest_that_does_not_read_stops_the_sender(host, guest, autojump
             assert await stream.reply() == {"size": sent}
 
 
-@pytest.mark.xfail(reason="ServedStream.send cuts at the opener's credit; it needs a way to send a notice whole")
 async def test_a_notice_stays_whole(host, autojump_clock):
     """Channel 3 is one map per DATA frame, however little credit there is."""
 
