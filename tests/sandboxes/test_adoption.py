@@ -60,7 +60,7 @@ async def test_memory_of_adopted_sandboxes_counts(host, autojump_clock):
     async with host.agent(memory_mb=1000) as agent:
         await agent.create(ONE, memory_mb=700)
     async with host.agent(memory_mb=1000) as agent:
-        with pytest.raises(Exception, match="700 of 1000 MiB"):
+        with pytest.raises(Exception, match="828 of 1000 MiB"):
             await agent.create(TWO, memory_mb=400)
 
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 from sandbox_world import create_body, sandbox_id
 
-SLOW = 0.4
+SLOW = 0.3
 """Seconds for each fsync, well above what a task may hold the loop for (`HELD` in conftest.py)."""
 
 pytestmark = pytest.mark.real_threads
