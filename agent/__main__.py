@@ -16,6 +16,7 @@ from agent.doctor.checks import Subject, run_checks
 from agent.doctor.report import exit_code, render
 from agent.enrol.errors import EnrolError
 from agent.net.errors import NetworkError
+from agent.net.host_network import lock_host_network
 from agent.sandboxes.adoption import StateDirectoryInUse, lock_state_directory
 from agent.sandboxes.purge import purge as purge_host
 from agent.sandboxes.records import StateDirectory
@@ -62,6 +63,7 @@ def purge(*, yes: bool) -> None:  # noqa: ARG001 - click demands it
         state = StateDirectory(settings.state_directory())
         state.prepare()
         lock_state_directory(state.root)
+        lock_host_network()
         parts = await daemon.make_parts(settings, state)
         count = await purge_host(parts, state.root / daemon.HOST_NETWORK_FILE)
         click.echo(f"{count} sandboxes ended")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import shutil
 import signal
 from contextlib import suppress
@@ -33,7 +34,7 @@ from agent.enrol.registration import Capacity, ControlPlane
 from agent.guest.client import GuestLink
 from agent.images.store import ImageStore
 from agent.net.backend import NamespaceSlotBackend
-from agent.net.host_network import ensure_host_network
+from agent.net.host_network import ensure_host_network, lock_host_network
 from agent.net.pool import SlotPool
 from agent.net.threads import run_in_slot_thread
 from agent.sandboxes.adoption import adopt_all, lock_state_directory
@@ -65,6 +66,8 @@ class NotRegistered(Exception):  # noqa: N818 - reads as what is wrong
 
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a VM costs five descriptors
     trio.run(serve, settings, instruments=[LoopWatchdog()])
 
 
@@ -80,6 +83,7 @@ async def serve(settings: Settings) -> None:
         nursery.start_soon(_stop_early, stop, serving, nursery.cancel_scope)
         async with ControlPlane(settings.url or await _stored_url(root)) as control_plane:
             credentials = await _credentials(settings, state, control_plane)
+            lock_host_network()
             await run_in_slot_thread(partial(ensure_host_network, root / HOST_NETWORK_FILE))
             await _serve_host(settings, state, control_plane, credentials, stop, serving)
         nursery.cancel_scope.cancel()

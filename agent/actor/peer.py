@@ -29,9 +29,17 @@ GRACE = 2.0
 class OpenerPeer(Connection):
     """Asks the server. `run` must be running in a nursery; `open_stream` and `call` may be used by many tasks."""
 
-    def __init__(self, stream: trio.abc.Stream, *, max_frame_bytes: int = limits.MAX_FRAME_BYTES) -> None:
-        """`max_frame_bytes`: a hostile server's largest answer costs about 0.4 µs and 70 bytes per byte to decode."""
-        super().__init__(stream, Link(Role.OPENER, now=trio.current_time(), max_frame_bytes=max_frame_bytes))
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        *,
+        max_frame_bytes: int = limits.MAX_FRAME_BYTES,
+        max_depth: int = limits.MAX_DEPTH,
+    ) -> None:
+        """`max_frame_bytes`, `max_depth`: a hostile server's largest answer costs up to 1 µs and 70 bytes per byte to
+        decode, the more the deeper it is nested."""
+        link = Link(Role.OPENER, now=trio.current_time(), max_frame_bytes=max_frame_bytes, max_depth=max_depth)
+        super().__init__(stream, link)
         self._streams: dict[int, OpenedStream] = {}
 
     async def call(self, method: str, body: dict[str, Any], *, timeout: float) -> dict[str, Any]:  # noqa: ASYNC109
@@ -127,7 +135,7 @@ class OpenedStream:
 
         Raises Fault `unavailable` when the connection is lost.
         """
-        await trio.lowlevel.checkpoint()
+        await self._peer._give_way()  # noqa: SLF001
         view = memoryview(data)
         while view and not self._finished.is_set():
             await self._peer._wait_for_room()  # noqa: SLF001

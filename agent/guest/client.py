@@ -38,9 +38,11 @@ STABLE = 10.0
 """Seconds after which a connection counts as a good one."""
 CONNECT_TIMEOUT = 15.0
 """How long a call waits for a connection that is being made again."""
-MAX_GUEST_FRAME_BYTES = 1280 * 1024
-"""The guest daemon's largest answer, `processes.list` of 128 processes, is 1.1 MiB. Larger ones are not worth the time
-that decoding a hostile one takes."""
+MAX_GUEST_FRAME_BYTES = 192 * 1024
+"""The guest daemon's largest answer, `processes.list` of 128 processes, has about 150 KiB. A hostile guest's largest
+one costs the loop a few ten milliseconds."""
+MAX_GUEST_DEPTH = 6
+"""Levels of a guest's answer: its entries are maps in a list in a map. Deep ones are what makes decoding slow."""
 
 Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 
@@ -70,7 +72,7 @@ class GuestLink:
         """Connect, serve, connect again; until cancelled."""
         failures = 0
         while True:
-            peer = OpenerPeer(await self._dial(), max_frame_bytes=MAX_GUEST_FRAME_BYTES)
+            peer = OpenerPeer(await self._dial(), max_frame_bytes=MAX_GUEST_FRAME_BYTES, max_depth=MAX_GUEST_DEPTH)
             began = trio.current_time()
             try:
                 await self._serve(peer)

@@ -7,13 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from agent.net import slots
+from agent.net.addresses import slot_addresses
 from agent.net.errors import SlotBusyError, SlotTimeoutError
+from agent.net.namespace import NAMESPACE_DIR
 from agent.net.tap import add_persistent_tap
 from agent.net.threads import SLOT_JOB_SECONDS, run_in_slot_thread
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -35,6 +38,9 @@ class SlotBackend(Protocol):
 
     async def is_clean(self, number: int) -> bool:
         """Whether the slot is whole and has seen no traffic."""
+
+    def namespace(self, number: int) -> Path | None:
+        """Where the slot's namespace can be entered; None when it has none."""
 
     async def open_tap(self, number: int) -> int:
         """A new descriptor of the slot's tap, owned by the caller; TapError if there is none or it is open already."""
@@ -63,6 +69,9 @@ class NamespaceSlotBackend:
 
     async def is_clean(self, number: int) -> bool:
         return await self._run(number, partial(slots.slot_is_clean, number))
+
+    def namespace(self, number: int) -> Path | None:
+        return NAMESPACE_DIR / slot_addresses(number).namespace
 
     async def open_tap(self, number: int) -> int:
         return await self._run(number, partial(slots.open_tap, number), discard=os.close)

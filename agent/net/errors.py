@@ -24,6 +24,10 @@ class HostNetworkError(NetworkError):
     """Some steps of taking the host's side down failed; the cause is an ExceptionGroup of all of them."""
 
 
+class HostNetworkInUse(NetworkError):  # noqa: N818 - reads as what happened
+    """Another agent, with a state directory of its own, has the slots of this host."""
+
+
 class InvalidSlotError(NetworkError):
     """The number is outside what the address ranges can hold."""
 

@@ -13,6 +13,7 @@ from agent.net.errors import NetworkError, SlotCreateError, TapError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 
 class FakeSlotBackend:
@@ -58,6 +59,10 @@ class FakeSlotBackend:
         slot_addresses(number)
         await trio.lowlevel.checkpoint()
         return number in self._slots
+
+    def namespace(self, number: int) -> Path | None:  # noqa: ARG002
+        """None: there is nothing to enter."""
+        return None
 
     async def open_tap(self, number: int) -> int:
         """The reading end of a pipe; the backend keeps the other one, by which it sees when this one is closed."""

@@ -7,6 +7,7 @@ Everything is idempotent, so a daemon that died half-way runs it again. Of what 
 
 from __future__ import annotations
 
+import fcntl
 import os
 from contextlib import suppress
 from functools import partial
@@ -15,13 +16,14 @@ from pathlib import Path
 import msgspec
 
 from agent.net.addresses import HOST_RANGE, VETH_RANGE, slot_of_veth
-from agent.net.errors import AddressRangeInUseError, HostNetworkError
+from agent.net.errors import AddressRangeInUseError, HostNetworkError, HostNetworkInUse
 from agent.net.firewall import apply_rules
 from agent.net.netlink import Links, open_links
 from agent.net.rules import host_rules, no_host_rules
 from agent.net.sysctl import IP_FORWARD, read_sysctl, write_sysctl
 from agent.net.threads import require_slot_thread
 
+LOCK_DIR = Path("/run/lock")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -31,6 +33,22 @@ class HostNetworkState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     boot_id: str
     """The boot it was true for; a reboot puts every sysctl back by itself."""
     ip_forward: str
+
+
+def lock_host_network() -> int:
+    """Be the only agent in this network namespace; held until the process ends. Raises HostNetworkInUse.
+
+    The lock of a state directory is not enough: a second agent beside it would collect the first one's slots.
+    """
+    LOCK_DIR.mkdir(parents=True, exist_ok=True)
+    namespace = Path("/proc/self/ns/net").stat().st_ino
+    fd = os.open(LOCK_DIR / f"capsule-network-{namespace}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        os.close(fd)
+        raise HostNetworkInUse("another agent has the network slots of this host; only one can") from err
+    return fd
 
 
 def ensure_host_network(state_file: Path) -> None:

@@ -35,6 +35,10 @@ CLOSED_NETWORKS = (
 _CLOSED_SET = f"set closed {{ type ipv4_addr; flags interval; elements = {{ {', '.join(CLOSED_NETWORKS)} }}; }}"
 
 
+MAX_FLOWS = 2000
+"""Connections a guest may have at once: they are also the host's to track, and to forget when the slot goes."""
+
+
 def slot_rules(slot: SlotAddresses) -> str:
     """Rules inside the slot's namespace. The guest sees only its gateway, the host sees only host_ip."""
     return f"""
@@ -52,6 +56,7 @@ table ip {TABLE} {{
   chain forward {{
     type filter hook forward priority filter; policy drop;
     iifname "{TAP_NAME}" ip saddr != {GUEST_ADDRESS} counter drop
+    iifname "{TAP_NAME}" ct state new ct count over {MAX_FLOWS} counter drop
     ct state established,related accept
     iifname "{UPLINK_NAME}" oifname "{TAP_NAME}" ip saddr {slot.veth_host_ip} ip daddr {GUEST_ADDRESS} accept
     ip daddr @closed counter drop
@@ -85,6 +90,7 @@ table inet {TABLE} {{
   }}
   chain from_slot {{
     meta nfproto ipv6 counter drop
+    ct state invalid counter drop
     oifname "{VETH_PREFIX}*" counter drop
     ip saddr != {HOST_RANGE} counter drop
     ip daddr @closed counter drop
@@ -101,6 +107,7 @@ table inet {TABLE} {{
   chain output {{
     type filter hook output priority filter; policy accept;
     oifname "{VETH_PREFIX}*" meta nfproto ipv6 drop
+    oifname "{VETH_PREFIX}*" meta skuid != 0 counter drop
   }}
 }}
 """

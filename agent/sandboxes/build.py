@@ -183,6 +183,7 @@ def spec(parts: HostParts, record: Record, *, tap_fd: int) -> VmSpec:
         mac=GUEST_MAC,
         uid=parts.uid_base + record.slot,
         gid=parts.uid_base + record.slot,
+        network_namespace=parts.slot_backend.namespace(record.slot),
     )
 
 

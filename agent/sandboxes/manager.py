@@ -8,6 +8,7 @@ Dies when: the daemon stops. The sandboxes' VMs live on.
 
 from __future__ import annotations
 
+import shutil
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import trio
 from agent.images.errors import ImagesError
 from agent.sandboxes.records import Record
 from agent.sandboxes.sandbox import Sandbox
-from agent.wire.calls import CreateSandbox, HostListing
+from agent.wire.calls import VMM_MEMORY_MB, CreateSandbox, HostListing
 from agent.wire.faults import Fault, FaultCode
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from agent.sandboxes.parts import HostParts
 
 log = structlog.get_logger()
+
+DISK_RESERVE_MB = 2048
+"""Disk that new sandboxes leave alone: overlays grow, and the host needs some for itself."""
 
 MAX_TOMBSTONES = 4096
 """Ids remembered as ended, so that a create that was held up on the way cannot bring one back."""
@@ -82,11 +86,17 @@ class Manager:
         if existing is not None:
             return existing
         try:
-            image = await trio.to_thread.run_sync(self._parts.images.load, request.template)
+            image, free_mb = await trio.to_thread.run_sync(self._look, request.template)
         except ImagesError as err:
             log.warning("image_not_loaded", template=request.template, error=str(err))
             raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
+        if free_mb < DISK_RESERVE_MB:
+            raise Fault(FaultCode.NO_CAPACITY, f"this host has only {free_mb} MiB of disk left", retryable=True)
         return self._admit(request, image)
+
+    def _look(self, template: str) -> tuple[Image, int]:
+        """The image, and how much disk the host has left. Blocks."""
+        return self._parts.images.load(template), shutil.disk_usage(self._parts.state.root).free // 2**20
 
     def _admit(self, request: CreateSandbox, image: Image) -> Sandbox:
         """Without waiting between the questions and the entry in the table: two at once get one sandbox."""
@@ -95,8 +105,8 @@ class Manager:
             return existing
         if self._draining or self._nursery is None:
             raise Fault(FaultCode.DRAINING, "this host takes no new sandboxes", retryable=True)
-        taken = sum(sandbox.memory_mb() for sandbox in self._sandboxes.values())
-        if taken + request.memory_mb > self._memory_mb:
+        taken = sum(sandbox.memory_mb() + VMM_MEMORY_MB for sandbox in self._sandboxes.values())
+        if taken + request.memory_mb + VMM_MEMORY_MB > self._memory_mb:
             raise Fault(
                 FaultCode.NO_CAPACITY,
                 f"{request.memory_mb} MiB do not fit: {taken} of {self._memory_mb} MiB are taken on this host",

@@ -9,6 +9,7 @@ Every method blocks (the kernel may wait for a grace period): call them from a t
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class CgroupTree:
         self._mount = mount
         self._parent = None if mount is None else mount / parent
         self._prepared = False
+        self._preparing = threading.Lock()
 
     @classmethod
     def detect(cls, parent: str = "capsule") -> CgroupTree:
@@ -93,10 +95,11 @@ class CgroupTree:
 
     def _prepare(self, name: str) -> Path | None:
         """Create the parent and switch the controllers on, once; None where groups cannot be had."""
-        if not self._prepared:
-            self._prepared = True
-            if not self._set_up():
-                self._parent = None
+        with self._preparing:  # VMs are started by several threads, and the first ones must not go without limits
+            if not self._prepared:
+                if not self._set_up():
+                    self._parent = None
+                self._prepared = True
         return None if self._parent is None else self._parent / name
 
     def _set_up(self) -> bool:

@@ -47,7 +47,8 @@ class VmSpec:
     `kernel` and `initramfs` must be readable by `uid`; `disk` is given to `uid` by the boot. Every directory on
     the way to them needs search permission for others. `tap_fd` stays the caller's, who closes it after the boot
     or lets it go with the slot. `kernel_arguments` follow those of the driver, which names the console and the
-    root device (`root=/dev/vda`).
+    root device (`root=/dev/vda`). `network_namespace`: where the VMM itself lives; it needs no network but its tap, so
+    one that was taken over by its guest reaches nothing from there.
     """
 
     sandbox_id: str
@@ -63,6 +64,7 @@ class VmSpec:
     uid: int
     gid: int
     kernel_arguments: tuple[str, ...] = ()
+    network_namespace: Path | None = None
 
     def __post_init__(self) -> None:
         if not SANDBOX_ID.fullmatch(self.sandbox_id):

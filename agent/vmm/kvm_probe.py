@@ -38,6 +38,8 @@ KVM_EXIT_HLT = 5
 LOOPS = 20_000
 LIMIT_SECONDS = 0.010
 """Real hardware needs some 10 us; emulation 34 ms and more."""
+TRIES = 5
+"""The best counts: on a busy machine any single try may lose its CPU for longer than the limit."""
 
 MEMORY = 2 << 20
 CODE_AT = 0x10000
@@ -66,9 +68,11 @@ class KvmError(Exception):
 
 
 def main() -> int:
+    seconds = LIMIT_SECONDS
     try:
-        with ExitStack() as stack:
-            seconds = _run(stack)
+        for _ in range(TRIES):
+            with ExitStack() as stack:
+                seconds = min(seconds, _run(stack))
     except (KvmError, OSError) as error:
         print(error)  # noqa: T201 - this is how it answers
         return 1

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
 
 from agent.vmm.driver import VmProcess, VmStatistics
+from agent.vmm.namespace import start_inside
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -134,14 +136,16 @@ def spawn(
     groups: Iterable[int],
     output: int,
     descriptors: Iterable[int],
+    network_namespace: Path | None = None,
 ) -> WatchedProcess:
     """Start a process that outlives us, in its own session; it may still die of a bad command line. Blocks.
 
     `output` is a descriptor for its standard output and error; `descriptors` stay open in it under their numbers.
     Raises OSError.
     """
-    child = subprocess.Popen(
-        [PRLIMIT, "--core=0", *command],
+    start = partial(
+        subprocess.Popen,
+        [PRLIMIT, "--core=0", "--nofile=1024", *command],
         cwd=directory,
         user=uid,
         group=gid,
@@ -154,6 +158,7 @@ def spawn(
         pass_fds=tuple(descriptors),
         start_new_session=True,
     )
+    child = start() if network_namespace is None else start_inside(network_namespace, start)
     try:
         watched = WatchedProcess(_identity_of_child(child.pid), os.pidfd_open(child.pid))
     except BaseException:

@@ -131,6 +131,7 @@ class QemuDriver(VmDriver):
                     groups=self._groups,
                     output=output.fileno(),
                     descriptors=(control.fileno(), events.fileno(), spec.tap_fd),
+                    network_namespace=spec.network_namespace,
                 )
         except OSError as error:
             raise VmStartFailed(f"QEMU could not be started: {error}") from error

@@ -45,6 +45,10 @@ GUEST_METHODS = frozenset(
 MIN_MEMORY_MB = 128
 """Debian's kernel runs out of memory while it unpacks its initramfs in 64."""
 
+VMM_MEMORY_MB = 128
+"""What a VM costs its host beside the guest's memory: QEMU and, emulated, its translated code (60 to 220 MiB measured).
+Agent and scheduler count it alike."""
+
 STDIN_CHANNEL, STDOUT_CHANNEL, STDERR_CHANNEL, NOTICE_CHANNEL = 0, 1, 2, 3
 CONTENT_CHANNEL = 0
 

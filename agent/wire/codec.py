@@ -55,7 +55,7 @@ def encode_data_header(stream: int, channel: int, length: int) -> bytes:
     return _DATA_HEADER.pack(frame_bytes, 0x94, 2, 0xCE, stream, 0xCC, channel, 0xC6, length)
 
 
-def decode(payload: bytes | memoryview) -> Frame:
+def decode(payload: bytes | memoryview, max_depth: int = MAX_DEPTH) -> Frame:
     """The frame in `payload` (without its prefix).
 
     Raises:
@@ -67,14 +67,14 @@ def decode(payload: bytes | memoryview) -> Frame:
     except (msgspec.MsgspecError, RecursionError, ValueError, TypeError) as err:
         raise RemoteProtocolError(f"not a frame: {err}") from err
     if isinstance(frame, Open | Reply):
-        _check_plain(frame.body)
+        _check_plain(frame.body, max_depth)
     elif isinstance(frame, Failure):
-        _check_plain(frame.details)
+        _check_plain(frame.details, max_depth)
     return frame
 
 
-def _check_plain(body: Body) -> None:
-    """Refuse extension types, keys that are not strings, and more than MAX_DEPTH levels.
+def _check_plain(body: Body, max_depth: int) -> None:
+    """Refuse extension types, keys that are not strings, and more than `max_depth` levels.
 
     Level by level with the interpreter's own loops: a hostile frame can hold two million values, and a Python call
     for each would hold the event loop for half a second.
@@ -82,7 +82,7 @@ def _check_plain(body: Body) -> None:
     if _SCALARS.issuperset(map(type, body.values())):
         return
     level: list[Any] = [body]
-    for _ in range(MAX_DEPTH):
+    for _ in range(max_depth):
         maps = [value for value in level if type(value) is dict]
         if not {str}.issuperset(map(type, chain.from_iterable(maps))):
             raise RemoteProtocolError("body with a key that is not a string")
@@ -93,4 +93,4 @@ def _check_plain(body: Body) -> None:
             raise RemoteProtocolError(f"body holds a {(kinds - _PLAIN).pop().__name__}")
         if kinds <= _SCALARS:
             return
-    raise RemoteProtocolError(f"body of more than {MAX_DEPTH} levels")
+    raise RemoteProtocolError(f"body of more than {max_depth} levels")

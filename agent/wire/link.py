@@ -87,8 +87,11 @@ class Link:
         initial_credit: int = limits.INITIAL_CREDIT,
         max_streams: int = limits.MAX_STREAMS,
         max_frame_bytes: int = limits.MAX_FRAME_BYTES,
+        max_depth: int = limits.MAX_DEPTH,
     ) -> None:
-        """`initial_credit`, `max_streams` (of a server) and `max_frame_bytes` bound what the peer can make us hold."""
+        """`initial_credit`, `max_streams` (of a server), `max_frame_bytes` and `max_depth` bound what the peer can make
+        us hold and do."""
+        self._max_depth = max_depth
         self.role = role
         self.state = LinkState.HELLO
         self.peer_hello: Hello | None = None
@@ -116,7 +119,7 @@ class Link:
         events: list[Frame] = []
         try:
             while (payload := self._buffer.next_frame()) is not None:
-                event = self._receive(decode(payload))
+                event = self._receive(decode(payload, self._max_depth))
                 if event is not None:
                     events.append(event)
         except StreamRuleBroken as err:

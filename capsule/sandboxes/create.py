@@ -71,7 +71,9 @@ class Creator:
 
     async def _place(self, principal: Principal, request: CreateSandbox, key: str | None) -> tuple[SandboxRow, bool]:
         """The row, on a host with room for it, and whether it is this request's to start."""
-        want = Size(vcpus=request.vcpus, memory_mb=request.memory_mb, disk_mb=self.settings.disk_mb)
+        want = Size(
+            vcpus=request.vcpus, memory_mb=request.memory_mb + calls.VMM_MEMORY_MB, disk_mb=self.settings.disk_mb
+        )
         try:
             async with self.scheduler.reserve(want) as host:
                 return await self._begin(principal, request, key, host)

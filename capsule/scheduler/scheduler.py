@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from agent.actor.mailbox import Mailbox, ReplySlot
+from agent.wire.calls import VMM_MEMORY_MB
 from capsule.db.queries import hosts as host_rows
 from capsule.db.queries import sandboxes as sandbox_rows
 from capsule.errors import NoHostsAvailable
@@ -202,10 +203,10 @@ def _size(host: host_rows.HostRow) -> Size:
 
 
 def _sold(row: sandbox_rows.HostReservation) -> Size:
-    """Paused sandboxes hold their disk and, since some will be resumed here, half of the rest."""
+    """Paused sandboxes hold their disk and, since some will be resumed here, half of the rest; VMs cost their VMM."""
     return Size(
         vcpus=row.vcpus + -(-row.paused_vcpus // 2),
-        memory_mb=row.memory_mb + -(-row.paused_memory_mb // 2),
+        memory_mb=row.memory_mb + -(-row.paused_memory_mb // 2) + row.sandboxes * VMM_MEMORY_MB,
         disk_mb=row.disk_mb,
     )
 

@@ -217,5 +217,6 @@ async def _play(rooms, latency, plan):
                 creators.start_soon(create, *step)
         nursery.cancel_scope.cancel()
     assert scheduler.statistics().held == 0
-    if len(plan) <= sum(rooms):
+    settles = latency <= SETTLING_TIME / 8 and all(after_row <= SETTLING_TIME / 4 for _, _, after_row, _ in plan)
+    if len(plan) <= sum(rooms) and settles:  # a place that is counted twice for longer may cost somebody a refusal
         assert not refused

@@ -89,9 +89,9 @@ async def test_no_host_has_room(virtual_clock, world, request_body):
     with pytest.raises(errors.NoHostsAvailable, match="no host is online") as caught:
         await plane.sandboxes.create(world.principal, request_body, None)
     assert caught.value.retry_after is not None
-    await world.add_host(memory_mb=512)
+    await world.add_host(memory_mb=640)
     await plane.sandboxes.create(world.principal, request_body, None)
-    with pytest.raises(errors.NoHostsAvailable, match="512 MiB of memory") as caught:
+    with pytest.raises(errors.NoHostsAvailable, match="640 MiB of memory") as caught:
         await plane.sandboxes.create(world.principal, request_body, None)
     assert caught.value.extra == {"limits": ["memory_mb"]}
 

@@ -128,9 +128,10 @@ async def test_a_read_that_begins_with_rubbish(virtual_clock, guest, read, first
     elif first == "nothing":
         guest.says(reply={"size": 0})
     elif first == "content":
-        guest.says(guest.content(b"abc"), reply={"size": 3})
+        guest.says(guest.content(msgspec.msgpack.encode({"size": 3})), guest.content(b"abc"), reply={"size": 3})
     else:
-        guest.says(guest.notice(b"\xc1" if first == "nonsense" else b"\x91" * 60_000), reply={"size": 3})
+        deep = msgspec.msgpack.encode({"z": 0})[:-1] + b"\x91" * 60_000
+        guest.says(guest.notice(b"\xc1" if first == "nonsense" else deep), reply={"size": 3})
     if first == "None":
         assert await read() == (None, b"")
     else:

@@ -69,7 +69,7 @@ async def test_twenty_at_once(virtual_clock, world, agent, plane, request_body):
 
 async def test_twenty_at_once_for_the_last_place(virtual_clock, world, request_body):
     """That there is no room for twenty matters to none of them; nor does the quota."""
-    agent = await world.add_host(memory_mb=512)
+    agent = await world.add_host(memory_mb=640)
     await world.sql("update teams set max_sandboxes = 1 where id = $1", world.principal.team_id)
     plane = await world.control_plane()
     agent.delay = 3

@@ -10,7 +10,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
-from uuid import UUID
 
 import httpx
 import pytest
@@ -203,8 +202,10 @@ def no_alarm(monkeypatch):
         yield armed
 
 
-async def test_sigterm_lets_a_create_finish(postgres_dsn, free_port, monkeypatch, nursery):
-    """The client that was there before the signal gets its 201, a later one finds nobody, and then it ends."""
+@pytest.mark.parametrize("client_stays", [True, False])
+async def test_sigterm_lets_a_create_finish(postgres_dsn, free_port, monkeypatch, nursery, client_stays):
+    """The client that was there before the signal gets its 201, a later one finds nobody, and then it ends. A client
+    that went away meanwhile has its sandbox, too."""
     settings = Settings(
         database_url=postgres_dsn, secret_key="s" * 40, bind=f"127.0.0.1:{free_port}", shutdown_timeout=20
     )
@@ -216,13 +217,15 @@ async def test_sigterm_lets_a_create_finish(postgres_dsn, free_port, monkeypatch
         key = await db.transaction(bootstrap.ensure_key, None)
         gate = agent.hold("sandbox.create")
         stopped, answers = trio.Event(), []
+        leave = trio.CancelScope()
 
         async def run():
             await control.serve(settings)
             stopped.set()
 
         async def create(client):
-            answers.append(await client.post("/v1/sandboxes", headers={"X-API-Key": key}))
+            with leave:
+                answers.append((await client.post("/v1/sandboxes", headers={"X-API-Key": key})).status_code)
 
         with no_alarm(monkeypatch) as armed, trio.fail_after(BOUND):
             nursery.start_soon(run)
@@ -231,17 +234,22 @@ async def test_sigterm_lets_a_create_finish(postgres_dsn, free_port, monkeypatch
                     await trio.sleep(0.02)
                 nursery.start_soon(create, client)
                 await agent.reached["sandbox.create"].wait()
-                for _ in range(2):
-                    os.kill(os.getpid(), signal.SIGTERM)
+                if not client_stays:
+                    leave.cancel()
+                os.kill(os.getpid(), signal.SIGTERM)
                 while not armed or await _answers(client):
                     await trio.sleep(0.02)
+                if client_stays:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                with trio.move_on_after(0.3 if client_stays else 1):  # longer than it takes when nothing is waited for
+                    await stopped.wait()
                 assert not stopped.is_set()
                 gate.set()
                 await stopped.wait()
-        assert [answer.status_code for answer in answers] == [201]
+        assert answers == ([201] if client_stays else [])
         assert armed == [(signal.ITIMER_REAL, 20)]
-        row = await world.row(UUID(answers[0].json()["id"].removeprefix("sb-")))
-        assert row.status == "running"
+        (row,) = await world.sql("select status from sandboxes")
+        assert row["status"] == "running"
 
 
 async def _answers(client):

@@ -40,8 +40,9 @@
 /* The last output of a background process: it must never block for want of a reader. */
 #define RING_BYTES (64 * KIB)
 
-/* What processes.list remembers of cmd and args: 128 processes fit into one reply. */
-#define LISTED_BYTES (4 * KIB)
+/* What processes.list remembers of cmd and args: 128 processes fit into one frame that the host takes from a guest
+ * (MAX_GUEST_FRAME_BYTES in agent/guest/client.py). */
+#define LISTED_BYTES KIB
 
 /* After the direct child's exit its grandchildren may hold the pipes; output already on its way gets this long. */
 #define EXIT_GRACE_NS (100ULL * 1000000ULL)
