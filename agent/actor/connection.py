@@ -25,6 +25,9 @@ HIGH_WATER_BYTES = 512 * 1024
 READ_BYTES = 64 * 1024
 """Input handled in one step: even all of it in the smallest frames does not hold the loop for long."""
 
+BATCH_BYTES = 128 * 1024
+"""Queued output below which a sender goes on without giving way: small chunks leave in one piece then."""
+
 OUTPUT_LIMIT_BYTES = 32 * 1024 * 1024
 """Queued output (small frames are never held back) at which a peer that does not read is dropped."""
 
@@ -95,6 +98,13 @@ class Connection(abc.ABC):
         self._write_wanted.set()
         if self.link.bytes_to_send > OUTPUT_LIMIT_BYTES:
             self.close("the peer does not read")
+
+    async def _give_way(self) -> None:
+        """The checkpoint of senders that need not wait: always one for cancellation, in time one for other tasks."""
+        if self.link.bytes_to_send < BATCH_BYTES:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
 
     async def _wait_for_room(self) -> None:
         while self.link.bytes_to_send > HIGH_WATER_BYTES and not self.closed.is_set():

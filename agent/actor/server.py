@@ -127,7 +127,7 @@ class ServedStream:
 
     async def send(self, data: bytes | memoryview, channel: int = 0) -> None:
         """Send bytes, waiting for the opener's credit; up to 64 KiB arrive as one chunk."""
-        await trio.lowlevel.checkpoint()
+        await self._peer._give_way()  # noqa: SLF001
         view = memoryview(data)
         while view:
             await self._peer._wait_for_room()  # noqa: SLF001

@@ -54,18 +54,24 @@ class TlsStream(trio.abc.Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write everything. After a cancellation the stream is unusable: cancel only to close it."""
-        await trio.lowlevel.checkpoint()
-        with self._only_sender(), memoryview(data) as view:
-            sent = 0
-            while sent < len(view):
-                try:
-                    sent += self._sock.send(view[sent : sent + READ_BYTES])
-                except ssl.SSLWantWriteError:
-                    await self._wait_writable()
-                except ssl.SSLWantReadError:
-                    await trio.lowlevel.checkpoint()
-                except _LOST as err:
-                    raise _broken(err) from err
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
+        try:
+            with self._only_sender(), memoryview(data) as view:
+                sent = 0
+                while sent < len(view):
+                    try:
+                        sent += self._sock.send(view[sent : sent + READ_BYTES])
+                    except ssl.SSLWantWriteError:
+                        waited = True
+                        await self._wait_writable()
+                    except ssl.SSLWantReadError:
+                        await trio.lowlevel.checkpoint()
+                    except _LOST as err:
+                        raise _broken(err) from err
+        finally:
+            if not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def wait_send_all_might_not_block(self) -> None:
         """Part of the Stream interface."""
@@ -75,30 +81,39 @@ class TlsStream(trio.abc.Stream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """What has arrived, at least one byte; empty at the end. Drains whole TLS records per wake-up."""
-        await trio.lowlevel.checkpoint()
         want = min(READ_BYTES if max_bytes is None else operator.index(max_bytes), READ_BYTES)
         if want < 1:
             raise ValueError("max_bytes must be at least 1")
-        got = 0
-        while True:
-            try:
-                while got < want:
-                    read = self._sock.recv_into(self._read_view[got:want])
-                    if read == 0:
-                        break
-                    got += read
-                return bytes(self._read_view[:got])
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as err:
-                if got:
-                    return bytes(self._read_view[:got])
-                if isinstance(err, ssl.SSLWantReadError):
+        await trio.lowlevel.checkpoint_if_cancelled()
+        waited = False
+        try:
+            while True:
+                try:
+                    return self._read(want)
+                except ssl.SSLWantReadError:
+                    waited = True
                     await trio.lowlevel.wait_readable(self._sock)
-                else:
+                except ssl.SSLWantWriteError:
+                    waited = True
                     await self._wait_writable()
-            except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
-                return bytes(self._read_view[:got])
-            except _LOST as err:
-                raise _broken(err) from err
+        finally:
+            if not waited:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def _read(self, want: int) -> bytes:
+        """Up to `want` bytes that are there; SSLWantReadError or SSLWantWriteError only when there are none."""
+        got = 0
+        try:
+            while got < want and (read := self._sock.recv_into(self._read_view[got:want])):
+                got += read
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            if not got:
+                raise
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            pass
+        except _LOST as err:
+            raise _broken(err) from err
+        return bytes(self._read_view[:got])
 
     async def aclose(self) -> None:
         """Close the socket."""

@@ -9,6 +9,7 @@ import structlog
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from agent.actor.connection import BATCH_BYTES
 from agent.actor.inbox import MAX_WINDOW_BYTES
 from agent.actor.peer import GRACE, OpenerPeer
 from agent.wire import limits
@@ -458,10 +459,16 @@ async def test_a_stream_whose_answer_is_there_takes_no_more_data(joined):
 
 
 async def test_sending_and_reading_are_checkpoints(joined):
-    """Also when they need not wait: a loop around them cannot hold the event loop, and can be cancelled."""
+    """Also when they need not wait: a loop around them can be cancelled and lets others run, every time or in time."""
     async with joined(echo) as (opener, _), opener.open_stream("m", {}) as stream:
-        with trio.testing.assert_checkpoints():
-            await stream.send(b"x")
+        others_ran = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_set, others_ran)
+            for _ in range(BATCH_BYTES // 4):
+                await stream.send(b"x")
+                if others_ran.is_set():
+                    break
+            assert others_ran.is_set()
         await wait_all_tasks_blocked()
         with trio.testing.assert_checkpoints():
             await anext(stream)
@@ -471,7 +478,11 @@ async def test_sending_and_reading_are_checkpoints(joined):
         assert scope.cancelled_caught
         await stream.end()
         await stream.reply()
-        assert [chunk async for chunk in stream] == []
+        assert all(chunk == (0, b"x") for chunk in [chunk async for chunk in stream])
+
+
+async def _set(event):
+    event.set()
 
 
 async def test_a_connection_without_ids_left_ends(joined):
