@@ -172,6 +172,25 @@ async def test_stopped_while_its_environment_is_prepared(make):
     assert pids == []
 
 
+async def test_stopped_between_its_environment_and_its_start(make):
+    """The environment is there, its start is the next step: there is none."""
+    asked, there = trio.Event(), trio.Event()
+
+    async def environment():
+        asked.set()
+        await there.wait()
+        return dict(os.environ)
+
+    program, pids = make("import signal; signal.pause()", environment)
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(program.run)
+            await asked.wait()
+            there.set()
+            await program.stop(1000)
+    assert pids == []
+
+
 async def test_stopped_while_it_is_being_started(make, monkeypatch):
     """The process that comes into being meanwhile is stopped like any other."""
     opening, go_on = trio.Event(), trio.Event()
