@@ -11,6 +11,7 @@ from sandbox_world import create_body, request, sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
 from agent.net import errors as net
+from agent.sandboxes import manager
 from agent.sandboxes.build import SLOT_TIMEOUT
 from agent.storage import overlay as storage
 from agent.vmm import driver as vmm
@@ -229,6 +230,20 @@ async def test_memory_admission(host, autojump_clock):
         await agent.manager.create(request(sandbox_id(3), memory_mb=400))
         await agent.destroy(ONE)
         await agent.manager.create(request(TWO, memory_mb=600))
+
+
+async def test_a_disk_that_is_nearly_full(host, autojump_clock):
+    """New sandboxes are refused while there is still room for those that run; one that is there is still found."""
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        host.disk_free_mb = manager.DISK_RESERVE_MB - 1
+        with pytest.raises(Fault, match="2047 MiB of disk left") as caught:
+            await agent.create(TWO)
+        assert (caught.value.code, caught.value.retryable) == (FaultCode.NO_CAPACITY, True)
+        await agent.create(ONE)
+        host.disk_free_mb += 1
+        await agent.create(TWO)
+        await agent.check()
 
 
 async def test_an_unknown_template(host, autojump_clock):

@@ -149,6 +149,25 @@ async def test_a_connection_that_drops_before_hello(autojump_clock):
     assert len(pauses) < 40
 
 
+async def test_who_waits_through_bad_connections_gets_the_good_one(autojump_clock):
+    """A call that began before connections that broke is answered over the first that holds, at once."""
+
+    async def connect():
+        if len(script.times) < 4:
+            return await closed_at_once()
+        near, far = trio.testing.memory_stream_pair()
+        nursery.start_soon(ServerPeer(far, answer).run)
+        return near
+
+    script = Script(connect)
+    link = GuestLink("10.11.0.1", connect=script)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(link.run)
+        assert await link.call("one", {}, timeout=60) == {"method": "one"}
+        assert trio.current_time() < 1
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("act", [refused, swallowed])
 async def test_a_guest_that_is_not_there(autojump_clock, act):
     """Refused, or no answer at all: often at first, while it may boot, then about once a second; never busy."""

@@ -7,6 +7,7 @@ import shutil
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
+from types import SimpleNamespace
 
 import msgspec
 import trio
@@ -18,7 +19,7 @@ from agent.guest.fake import FakeGuest
 from agent.images.store import CURRENT, MANIFEST, PLATFORM, File, ImageStore, Manifest
 from agent.net.fake import FakeSlotBackend
 from agent.net.pool import SlotPool
-from agent.sandboxes import records
+from agent.sandboxes import manager, records
 from agent.sandboxes.adoption import adopt_all
 from agent.sandboxes.handlers import Handlers
 from agent.sandboxes.manager import Manager
@@ -62,6 +63,8 @@ class Host:
         self.on_step = lambda name: None
         monkeypatch.setattr(records, "os", _Os(self))
         monkeypatch.setattr(records, "shutil", _Shutil(self))
+        self.disk_free_mb = 10_000
+        monkeypatch.setattr(manager, "shutil", SimpleNamespace(disk_usage=self._disk_usage))
 
     def step(self, name):
         """A point between two effects."""
@@ -146,6 +149,9 @@ class Host:
     def connect_guest(self, address):
         guest = self.guests[address] = FakeGuest(address, **self.guest_options)
         return guest
+
+    def _disk_usage(self, _path):
+        return SimpleNamespace(free=self.disk_free_mb << 20)
 
     def running(self):
         """Sandbox ids of the VMs that run."""
