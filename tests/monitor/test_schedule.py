@@ -15,7 +15,7 @@ from agent.wire.lifecycle import FINAL
 from capsule import errors
 from capsule.db.errors import DatabaseUnavailable
 
-STORMS = int(os.environ.get("CAPSULE_TEST_STORMS", "6"))
+STORMS = int(os.environ.get("CAPSULE_TEST_STORMS", "4"))
 """Each is a seed; hundreds of them are a night's work."""
 ACTIONS = 60
 SECONDS = 6.0

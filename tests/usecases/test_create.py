@@ -105,18 +105,16 @@ async def test_a_bad_request_is_not_told_to_try_again(virtual_clock, world, requ
         await plane.sandboxes.create(world.principal, replace(request_body, vcpus=64), None)
 
 
-@pytest.mark.parametrize("code", list(FaultCode))
-async def test_each_failure_of_the_host(virtual_clock, world, agent, plane, request_body, code, error_of):
+async def test_each_failure_of_the_host(virtual_clock, world, agent, plane, request_body, error_of):
     """The API's error for it, the row in `error` with the reason, and no VM."""
-    agent.faults["sandbox.create"] = Fault(code, f"it was \x00 {code}", retryable=True)
-    with pytest.raises(errors.CapsuleError) as caught:
-        await plane.sandboxes.create(world.principal, request_body, None)
-    assert type(caught.value) is error_of[code]
-    (row,) = (await world.rows()).values()
-    assert (row.status, row.reason, row.started_at) == ("error", f"it was   {code}", None)
+    for code, error in error_of.items():
+        agent.faults["sandbox.create"] = Fault(code, f"it was \x00 {code}", retryable=True)
+        with pytest.raises(error):
+            await plane.sandboxes.create(world.principal, request_body, None)
+        (sandbox,) = await world.sql("select id from sandboxes order by created_at desc limit 1")
+        view = await plane.sandboxes.get(world.principal, sandbox["id"])
+        assert (view.status, view.reason, view.started_at) == ("error", f"it was   {code}", None)
     assert await world.disagreements() == []
-    view = await plane.sandboxes.get(world.principal, row.id)
-    assert view.reason == row.reason
     assert plane.scheduler.statistics().held == plane.operations.running() == 0
 
 
@@ -180,31 +178,30 @@ async def test_a_host_that_never_answers(virtual_clock, world, agent, plane, req
     assert row.status == "error"
 
 
-@pytest.mark.parametrize("address", ["", "not an address", "10.0.0.0/8", "fe80::1%eth0", "10.11.0.1\0"])
-async def test_an_address_that_is_none_is_not_kept(virtual_clock, world, agent, plane, request_body, address):
+async def test_an_address_that_is_none_is_not_kept(virtual_clock, world, agent, plane, request_body):
     """The host's word would be refused by the database and leave the row where it is."""
     original = agent._create
+    for address in ("", "not an address", "10.0.0.0/8", "fe80::1%eth0", "10.11.0.1\0"):
 
-    async def create(body):
-        return {**await original(body), "host_ip": address}
+        async def create(body, address=address):
+            return {**await original(body), "host_ip": address}
 
-    agent._create = create
-    view = await plane.sandboxes.create(world.principal, request_body, None)
-    assert (view.status, view.host_ip) == ("running", None)
+        agent._create = create
+        view = await plane.sandboxes.create(world.principal, request_body, None)
+        assert (view.status, view.host_ip) == ("running", None)
 
 
-@pytest.mark.parametrize("answer", [{}, {"sandbox_id": 5}, {"status": []}, {"host_ip": 7}])
-async def test_rubbish_from_a_host_is_the_hosts_failure(virtual_clock, world, agent, plane, request_body, answer):
+async def test_rubbish_from_a_host_is_the_hosts_failure(virtual_clock, world, agent, plane, request_body):
     """503, never 400 or 500; the row is `error`."""
+    for answer in ({}, {"sandbox_id": 5}, {"status": []}, {"host_ip": 7}):
 
-    async def create(body):
-        return answer
+        async def create(body, answer=answer):
+            return answer
 
-    agent._create = create
-    with pytest.raises(errors.HostUnavailable):
-        await plane.sandboxes.create(world.principal, request_body, None)
-    (row,) = (await world.rows()).values()
-    assert row.status == "error"
+        agent._create = create
+        with pytest.raises(errors.HostUnavailable):
+            await plane.sandboxes.create(world.principal, request_body, None)
+    assert {row.status for row in (await world.rows()).values()} == {"error"}
 
 
 async def test_the_team_is_deleted_meanwhile(virtual_clock, world, agent, plane, request_body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import product
 
 import pytest
 import trio
@@ -71,15 +72,13 @@ async def test_output_and_exit_code(virtual_clock, world, guest, run, sandbox):
     ]
 
 
-@pytest.mark.parametrize("code", list(FaultCode))
-async def test_each_failure(virtual_clock, guest, run, code, error_of):
+async def test_each_failure(virtual_clock, guest, run, error_of):
     """The error of its kind, with output or without; what exec does not find is in the request."""
-    expected = {**error_of, FaultCode.NOT_FOUND: errors.InvalidRequest}[code]
-    guest.says(guest.stdout(b"x" * 1000), reply=Fault(code, "why", details={"status": "stopping"}))
-    with pytest.raises(errors.CapsuleError, match="why") as caught:
-        await run()
-    assert type(caught.value) is expected
-    assert caught.value.extra == ({"status": "stopping"} if code == FaultCode.INVALID_STATE else {})
+    for code, error in {**error_of, FaultCode.NOT_FOUND: errors.InvalidRequest}.items():
+        guest.says(guest.stdout(b"x" * 1000), reply=Fault(code, f"{code} why", details={"status": "stopping"}))
+        with pytest.raises(error, match=f"{code} why") as caught:
+            await run()
+        assert caught.value.extra == ({"status": "stopping"} if code == FaultCode.INVALID_STATE else {})
 
 
 async def test_the_time_out(virtual_clock, guest, run):
@@ -203,10 +202,9 @@ async def test_in_the_background(virtual_clock, guest, run):
     assert "timeout_ms" not in guest.asked[0][1]
 
 
-@pytest.mark.parametrize("key", ["exit_code", "duration_ms", "timed_out"])
-async def test_an_outcome_that_makes_no_sense(virtual_clock, guest, run, key):
+async def test_an_outcome_that_makes_no_sense(virtual_clock, guest, run):
     """A guest is its tenant's: a typed error, never a bug of ours."""
-    for value in RUBBISH:
+    for key, value in product(ENDED, RUBBISH):
         guest.says(reply={**ENDED, key: value})
         with suppress(errors.HostUnavailable, errors.ExecTimeout):
             result = await run()
@@ -221,10 +219,9 @@ async def test_an_outcome_that_is_missing(virtual_clock, guest, run, missing):
         await run(background=missing != "exit_code")
 
 
-@pytest.mark.parametrize("key", [*PROCESS, "args", "processes"])
-async def test_processes_that_make_no_sense(virtual_clock, world, guest, plane, sandbox, key):
+async def test_processes_that_make_no_sense(virtual_clock, world, guest, plane, sandbox):
     """As above, for the list."""
-    for value in RUBBISH:
+    for key, value in product([*PROCESS, "args", "processes"], RUBBISH):
         guest.says(reply={"processes": value} if key == "processes" else {"processes": [{**PROCESS, key: value}]})
         with suppress(errors.HostUnavailable):
             for one in await plane.sandboxes.processes(world.principal, sandbox):
