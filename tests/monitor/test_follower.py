@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import timedelta
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import pytest
 import trio
@@ -13,40 +13,7 @@ from agent.wire.faults import Fault, FaultCode
 from capsule.db.errors import DatabaseUnavailable
 from capsule.db.queries import sandboxes
 from capsule.monitor import host as module
-from capsule.monitor.host import INTERVAL, STRANGER_GRACE, HostFollower
-
-
-@pytest.fixture
-def follow(world, agent, plane, nursery):
-    """Starts a follower of the host; its scope, to be cancelled."""
-
-    async def follow(db=None, of=agent):
-        scope = trio.CancelScope()
-
-        async def run():
-            with scope:
-                await HostFollower(of.host, db or world.db, plane.links).run()
-
-        nursery.start_soon(run)
-        await trio.sleep(2)
-        return scope
-
-    return follow
-
-
-@pytest.fixture
-def status(world):
-    """Waits for a status of a row."""
-
-    async def wait(sandbox, wanted, seconds):
-        with trio.move_on_after(seconds):
-            while (await world.row(sandbox)).status != wanted:
-                await trio.sleep(0.05)
-        row = await world.row(sandbox)
-        assert row.status == wanted
-        return row
-
-    return wait
+from capsule.monitor.host import INTERVAL, STRANGER_GRACE
 
 
 async def test_the_death_of_a_vm_reaches_its_row_at_once(virtual_clock, world, agent, follow, status):
@@ -272,67 +239,6 @@ async def test_an_outbox_of_hundreds(virtual_clock, world, agent, follow):
     await trio.sleep(2)
     assert agent.outbox == []
     assert {(await world.row(row.id)).status for row in rows} == {"error"}
-
-
-BAD_LISTINGS = {
-    "id": {"sandboxes": [{"sandbox_id": "../../etc"}]},
-    "no list": {"sandboxes": 5},
-    "sequence": {"outbox": [{"sequence": "x"}]},
-    "event": {"outbox": [{"sequence": 1, "sandbox_id": str(UUID(int=1)), "event": "x", "reason": "", "at": 0.0}]},
-}
-BAD_TEMPLATES = {
-    "name": {"name": "'; drop table"},
-    "nul": {"name": "a\x00"},
-    "size": {"size_bytes": -1},
-    "large": {"name": "large", "size_bytes": 2**64 - 1},
-    "type": {"size_bytes": "x"},
-}
-
-
-@pytest.mark.parametrize("listing", BAD_LISTINGS.values(), ids=BAD_LISTINGS)
-async def test_a_host_that_talks_rubbish(virtual_clock, world, agent, follow, status, listing):
-    """Nothing of it is believed, nobody else is disturbed, and when it comes to its senses it is followed again."""
-    other = await world.add_host()
-    row, theirs = await world.insert(agent, "running"), await world.insert(other, "running")
-    other.add_vm(theirs.id)
-    agent.listing_extra = listing
-    await follow()
-    await follow(of=other)
-    await trio.sleep(20)
-    assert (await world.row(row.id)).status == "running"
-    other.die(theirs.id)
-    await status(theirs.id, "error", 1)
-    agent.listing_extra = {}
-    await status(row.id, "error", 10)
-
-
-@pytest.mark.parametrize("template", BAD_TEMPLATES.values(), ids=BAD_TEMPLATES)
-async def test_a_host_with_rubbish_for_templates(virtual_clock, world, agent, follow, status, template):
-    """At most that template is not there; rubbish of a wrong type is an answer that makes no sense."""
-    row = await world.insert(agent, "running")
-    agent.templates = [{**agent.templates[0], **template}, {**agent.templates[0], "name": "good"}]
-    await follow()
-    if template == {"size_bytes": "x"}:
-        return
-    await status(row.id, "error", 1)
-    names = {one["name"] for one in await world.sql("select name from templates")}
-    assert {"minimal", "good"} <= names <= {"minimal", "good", "large"}
-
-
-async def test_a_bug_with_one_host_is_not_the_end(virtual_clock, world, agent, follow, status, monkeypatch):
-    """Logged, and tried again with growing pauses."""
-    row = await world.insert(agent, "running")
-    failures = [RuntimeError("bug")] * 3
-    plan = module.plan
-
-    def buggy(*args):
-        if failures:
-            raise failures.pop()
-        return plan(*args)
-
-    monkeypatch.setattr(module, "plan", buggy)
-    await follow()
-    await status(row.id, "error", 30)
 
 
 async def test_an_agent_that_comes_and_goes(virtual_clock, world, agent, follow, status):
