@@ -51,6 +51,9 @@ from capsule.scheduler.placement import Overcommit
 from capsule.scheduler.scheduler import Scheduler, fleet_reader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
     from capsule.config import Settings
 
 log = structlog.get_logger()
@@ -131,7 +134,7 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
         authenticator=ApiKeyAuthenticator(db),
         sandboxes=_sandboxes(settings, rows, links, scheduler, operations),
         templates=Templates(rows),
-        hosts=HostEnrolment(db, authority, settings, forget=links.forget),
+        hosts=HostEnrolment(db, authority, settings, forget=_on_registration(links, monitor)),
         ready=partial(_ready, db),
     )
     app = create_app(services, registry=registry, version=version("capsule"), spool_dir=Path(settings.spool))
@@ -157,6 +160,16 @@ def _sandboxes(
         execs=Execs(links=links),
         files=Files(links=links),
     )
+
+
+def _on_registration(links: HostLinks, monitor: Monitor) -> Callable[[UUID], None]:
+    """A host that registers gets a new link, and is followed at once."""
+
+    def act(host: UUID) -> None:
+        links.forget(host)
+        monitor.nudge()
+
+    return act
 
 
 async def _ready(db: Database) -> bool:

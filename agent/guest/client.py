@@ -78,7 +78,8 @@ class GuestLink:
                 await self._serve(peer)
             finally:
                 self._peer = None
-                self._connected = trio.Event()
+                if self._connected.is_set():  # else somebody may wait on it for the next connection
+                    self._connected = trio.Event()
             failures = 1 if trio.current_time() - began >= STABLE else failures + 1
             pause = RECONNECT.delay(failures)
             log.info("guest_connection_lost", address=self._address, reason=peer.reason, retry_seconds=pause)

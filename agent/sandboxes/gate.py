@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 RUNNING = 32
 """Calls in a guest at a time: under its daemon's 64 foreground processes, and each holds at most one
 window of either connection in the agent (2 MiB, and 512 KiB until it has proved fast)."""
-WAITING = 256
+WAITING = 64
 """Calls that wait their turn: about what a small guest works off in a default exec time-out."""
 
 

@@ -6,11 +6,13 @@ breaks; a call into a guest ends with its caller.
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
 
+from agent.wire import limits
 from agent.wire.calls import (
     GUEST_METHODS,
     NOTICE_CHANNEL,
@@ -25,7 +27,7 @@ from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from agent.actor.peer import OpenedStream
     from agent.actor.server import ServedStream
@@ -36,6 +38,10 @@ HOSTS_ALONE = frozenset({FaultCode.DRAINING, FaultCode.NO_CAPACITY})
 """What a host says of itself; from a guest it would send the control plane elsewhere."""
 
 
+MAX_GUEST_CALLS = limits.MAX_STREAMS * 7 // 8
+"""Calls into guests at once, of all sandboxes together."""
+
+
 class Handlers:
     """`Handlers(...)` is a `server.Handler`."""
 
@@ -43,6 +49,7 @@ class Handlers:
         self._manager = manager
         self._outbox = outbox
         self._describe = describe
+        self._guest_calls = 0
 
     async def __call__(self, method: str, body: dict[str, Any], stream: ServedStream) -> dict[str, Any]:
         """Answer one request."""
@@ -80,11 +87,22 @@ class Handlers:
             await stream.send(msgspec.msgpack.encode({"version": version}), NOTICE_CHANNEL)
         return {}
 
+    @asynccontextmanager
+    async def _room_for_a_call(self) -> AsyncIterator[None]:
+        """Calls into guests leave some streams of the connection to creates, destroys and the monitor. Fault `busy`."""
+        if self._guest_calls >= MAX_GUEST_CALLS:
+            raise Fault(FaultCode.BUSY, "this host has too many calls under way; try again in a moment", retryable=True)
+        self._guest_calls += 1
+        try:
+            yield
+        finally:
+            self._guest_calls -= 1
+
     async def _call_guest(self, method: str, body: dict[str, Any], served: ServedStream) -> dict[str, Any]:
         sandbox = self._manager.find(parse(SandboxRef, body).sandbox_id)
         question = {key: value for key, value in body.items() if key != "sandbox_id"}
         sandbox.guest()
-        async with sandbox.gate.enter():
+        async with self._room_for_a_call(), sandbox.gate.enter():
             timeout = served.deadline - trio.current_time()
             try:
                 async with sandbox.guest().open_stream(method, question, timeout=timeout) as opened:

@@ -16,6 +16,7 @@ from capsule.http.metrics import HttpMetrics
 from capsule.http.requests import ApiRequest
 from capsule.http.spool import Spool
 from capsule.http.system import SystemPages
+from capsule.http.unread import UnreadAnswers
 from capsule.http.websockets import RefusedWebsocket
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ def create_app(services: Services, *, registry: CollectorRegistry, version: str,
 
 def resources(services: Services, spool: Spool) -> list[Operation[Any, Any]]:
     """The route table of the resources."""
+    unread = UnreadAnswers()
     return [
         *sandboxes.operations(services.sandboxes),
-        *execs.operations(services.sandboxes),
+        *execs.operations(services.sandboxes, unread),
         *processes.operations(services.sandboxes),
-        *files.operations(services.sandboxes, spool),
+        *files.operations(services.sandboxes, spool, unread),
         *snapshots.operations(services.templates),
         *hosts.operations(services.hosts),
     ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quart_trio.wrappers import TrioResponse
 
     from capsule.http.ports import SandboxService
+    from capsule.http.unread import UnreadAnswers
 
 EXEC_TIMEOUT = 30
 """Seconds a command may run unless told."""
@@ -36,7 +37,7 @@ the first 64 KiB of each stream.
 With `background` the answer is 202 as soon as the process runs; see `processes` for what became of it."""
 
 
-def operations(service: SandboxService) -> list[Operation[Any, Any]]:
+def operations(service: SandboxService, unread: UnreadAnswers) -> list[Operation[Any, Any]]:
     """The rows of the route table."""
     return under_both_names(
         [
@@ -44,7 +45,7 @@ def operations(service: SandboxService) -> list[Operation[Any, Any]]:
                 name="execInSandbox",
                 method="POST",
                 path="/v1/sandboxes/{sandbox_id}/exec",
-                handler=ExecHandler(service).exec,
+                handler=ExecHandler(service, unread).exec,
                 summary="Run a command",
                 description=DESCRIPTION,
                 tag="exec",
@@ -68,8 +69,9 @@ def operations(service: SandboxService) -> list[Operation[Any, Any]]:
 class ExecHandler:
     """Parse, ask the service, render."""
 
-    def __init__(self, service: SandboxService) -> None:
+    def __init__(self, service: SandboxService, unread: UnreadAnswers) -> None:
         self._service = service
+        self._unread = unread
 
     async def exec(self, call: Call[ExecBody, None]) -> TrioResponse:
         sandbox, body = call.sandbox, call.body
@@ -78,7 +80,7 @@ class ExecHandler:
         if isinstance(outcome, ExecStarted):
             started = BackgroundExecution(sandbox_id=name, cmd=body.cmd, pid=outcome.pid, tag=outcome.tag)
             return json_response(started, 202)
-        return json_response(Execution.of(name, body.cmd, outcome))
+        return self._unread.admit(call.request, json_response(Execution.of(name, body.cmd, outcome)))
 
 
 def _exec_call(body: ExecBody) -> ExecCall:

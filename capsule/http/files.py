@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from capsule.http.ports import SandboxService
     from capsule.http.spool import Spool
+    from capsule.http.unread import UnreadAnswers
 
 BASE = "/v1/sandboxes/{sandbox_id}/files"
 ON_PATH = (
@@ -54,9 +55,9 @@ FORM = {
 }
 
 
-def operations(service: SandboxService, spool: Spool) -> list[Operation[Any, Any]]:
+def operations(service: SandboxService, spool: Spool, unread: UnreadAnswers) -> list[Operation[Any, Any]]:
     """The rows of the route table."""
-    handlers = FileHandlers(service, spool)
+    handlers = FileHandlers(service, spool, unread)
     return under_both_names([*_contents(handlers), *_directories(handlers)])
 
 
@@ -133,12 +134,16 @@ def _directories(handlers: FileHandlers) -> list[Operation[Any, Any]]:
 class FileHandlers:
     """Parse, ask the service, render."""
 
-    def __init__(self, service: SandboxService, spool: Spool) -> None:
+    def __init__(self, service: SandboxService, spool: Spool, unread: UnreadAnswers) -> None:
         self._service = service
         self._spool = spool
+        self._unread = unread
 
     async def write(self, call: Call[None, None]) -> TrioResponse:
         sandbox = call.sandbox
+        status = (await self._service.get(call.principal, sandbox)).status
+        if status != "running":  # before a slow client may take a place in the spool for nothing
+            raise errors.InvalidState(f"the sandbox is {status}; this needs a running one", status=status)
         async with receive_upload(call.request, self._spool) as upload:
             content = upload.content
             await self._service.write_file(call.principal, sandbox, upload.path, content.size, content.chunks())
@@ -153,7 +158,8 @@ class FileHandlers:
     async def list(self, call: Call[ListFilesBody, None]) -> TrioResponse:
         body = call.body
         entries = await self._service.list_files(call.principal, call.sandbox, check_path(body.path), body.depth)
-        return json_response(Files(entries=[File.of(entry) for entry in entries]))
+        answer = json_response(Files(entries=[File.of(entry) for entry in entries]))
+        return self._unread.admit(call.request, answer)
 
     async def mkdir(self, call: Call[PathBody, None]) -> TrioResponse:
         entry = await self._service.mkdir(call.principal, call.sandbox, check_path(call.body.path))

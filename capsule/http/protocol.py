@@ -37,7 +37,7 @@ class Http11(H11Protocol):
 
     async def _send_error_response(self, status_code: int) -> None:
         """h11 found the request malformed; what is left of it cannot be read."""
-        await self._refuse(status_code)
+        await self._refuse(status_code if status_code < 500 else 400)  # h11 hints 501 for a coding it does not know
 
     async def _refuse(self, status: int) -> None:
         """Answer in our form and close. (hypercorn keeps the connection of a malformed WebSocket handshake open, for

@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import trio
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from capsule.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from capsule.errors import InvalidRequest, RequestTimeout, TooLarge, UnsupportedMediaType
 from capsule.http import fields
 
 if TYPE_CHECKING:
@@ -41,21 +42,36 @@ class Upload:
     content: SpooledFile
 
 
+PATIENCE = 60.0
+"""Seconds before the pace of an upload counts; waiting for a place in the spool is among them."""
+
+MIN_BYTES_PER_SECOND = 32 * 1024
+
+
 @asynccontextmanager
 async def receive_upload(request: ApiRequest, spool: Spool) -> AsyncIterator[Upload]:
     """Read the whole form. InvalidRequest for a malformed, cut or wrong one; TooLarge; UnsupportedMediaType; Busy."""
     form = Form(_boundary(request))
     if (request.content_length or 0) > MAX_FILE_BYTES + FORM_BYTES:
         raise _too_large()
-    total = 0
     async with spool.open() as content:
+        await _receive(request, form, content)
+        yield Upload(form.finish(), content)
+
+
+async def _receive(request: ApiRequest, form: Form, content: SpooledFile) -> None:
+    """The whole body, at MIN_BYTES_PER_SECOND at least: places in the spool are few. RequestTimeout, TooLarge."""
+    total, began = 0, trio.current_time()
+    with trio.CancelScope(deadline=began + PATIENCE) as scope:
         async for chunk in request.body:
             total += len(chunk)
             for piece in form.feed(chunk):
                 await content.write(piece)
             if content.size > MAX_FILE_BYTES or total > MAX_FILE_BYTES + FORM_BYTES:
                 raise _too_large()
-        yield Upload(form.finish(), content)
+            scope.deadline = began + PATIENCE + total / MIN_BYTES_PER_SECOND
+    if scope.cancelled_caught:
+        raise RequestTimeout(f"The upload came slower than {MIN_BYTES_PER_SECOND} bytes a second; nothing was written.")
 
 
 class Form:

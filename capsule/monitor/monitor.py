@@ -16,7 +16,7 @@ import trio
 from agent.actor.supervise import RestartPolicy, supervise
 from agent.wire.lifecycle import Status
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
-from capsule.db.queries import audit, hosts, sandboxes
+from capsule.db.queries import audit, hosts, idempotency, sandboxes
 from capsule.monitor.host import HostFollower
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Monitor:
         self._followers: dict[UUID, trio.CancelScope] = {}
         self._listens_since = 0.0
         self.leading = False
+        self._nudged = trio.Event()
 
     async def run(self) -> None:
         """Lead whenever nobody else does; until cancelled. TooManyFailures when a bug keeps it from that."""
@@ -92,7 +93,13 @@ class Monitor:
                 await self._look(nursery)
             except DatabaseUnavailable as err:
                 log.warning("monitor_round_failed", reason=str(err))
-            await trio.sleep(INTERVAL)
+            with trio.move_on_after(INTERVAL):
+                await self._nudged.wait()
+            self._nudged = trio.Event()
+
+    def nudge(self) -> None:
+        """A host registered: look at once."""
+        self._nudged.set()
 
     async def _look(self, nursery: trio.Nursery) -> None:
         """One round over all hosts and all overdue rows; one that the database refuses does not hold up the others."""
@@ -103,6 +110,7 @@ class Monitor:
                 await self._write(_mark, host, status)
         for row in await self._db.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
             await self._write(_end_overdue, row)
+        await self._write(idempotency.prune)
 
     async def _write(self, fn: Callable[[Connection, *Ts], Awaitable[None]], *args: *Ts) -> None:
         try:

@@ -59,13 +59,22 @@ class Creator:
         if idempotency_key is not None:
             earlier = await self._earlier(principal, request, idempotency_key)
             if earlier is not None:
-                return view(await self._await_outcome(earlier))
+                return view(await self.operations.finish(partial(self._resume, earlier, request)))
         return view(await self.operations.finish(partial(self._create, principal, request, idempotency_key)))
 
     async def _create(self, principal: Principal, request: CreateSandbox, key: str | None) -> SandboxRow:
         row, mine = await self._place(principal, request, key)
         if not mine:
-            return await self._await_outcome(row.id)
+            return await self._resume(row.id, request)
+        with structlog.contextvars.bound_contextvars(sandbox_id=str(row.id), host_id=str(row.host_id)):
+            return await self._start(row, request)
+
+    async def _resume(self, sandbox: UUID, request: CreateSandbox) -> SandboxRow:
+        """Finish what an earlier request with this key began: whoever works on it may have died with its process. The
+        host makes the same sandbox for the same id, and the outcome is written once."""
+        row = found(await self.rows.run(sandboxes.get_any, sandbox))
+        if row.status != Status.STARTING:
+            return await self._await_outcome(sandbox)
         with structlog.contextvars.bound_contextvars(sandbox_id=str(row.id), host_id=str(row.host_id)):
             return await self._start(row, request)
 

@@ -241,7 +241,7 @@ async def test_the_gate(host, guest, autojump_clock):
             figures = agent.manager.find(ONE).gate.statistics()
             assert (figures.borrowed_tokens, figures.tasks_waiting) == (gate.RUNNING, gate.WAITING)
             began = trio.current_time()
-            with pytest.raises(Fault, match="32 calls run and 256 wait") as caught:
+            with pytest.raises(Fault, match="32 calls run and 64 wait") as caught:
                 await control_plane.call("exec", {"sandbox_id": ONE, "cmd": "hang"}, timeout=60)
             assert (caught.value.code, caught.value.retryable) == (FaultCode.TOO_MANY_PROCESSES, True)
             assert trio.current_time() == began

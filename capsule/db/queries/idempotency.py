@@ -66,3 +66,14 @@ async def _fetch(tx: Connection, team_id: UUID, key: str, condition: str = "") -
         f"select {_COLUMNS} from idempotency_keys where team_id = $1 and key = $2 {condition}", team_id, key
     )
     return record
+
+
+async def prune(tx: Connection) -> None:
+    """Forget keys that are good no more; a thousand at a time."""
+    await tx.execute(
+        """
+        delete from idempotency_keys where (team_id, key) in (
+          select team_id, key from idempotency_keys where created_at < now() - interval '24 hours'
+          order by created_at limit 1000)
+        """
+    )
