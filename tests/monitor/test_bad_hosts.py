@@ -5,6 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 import pytest
+import trio
 
 from capsule.monitor import host as module
 
