@@ -22,13 +22,13 @@ def start_inside(namespace: Path, start: Callable[[], T]) -> T:
     Never in a pooled thread: its next job would find itself in there.
     """
     results: list[T] = []
-    errors: list[BaseException] = []
+    errors: list[Exception] = []
 
     def work() -> None:
         try:
             _enter(namespace)
             results.append(start())
-        except BaseException as error:  # noqa: BLE001 - raised again where it can be handled
+        except Exception as error:  # noqa: BLE001 - raised again where it can be handled
             errors.append(error)
 
     thread = threading.Thread(target=work, name="start-inside")
