@@ -58,6 +58,7 @@ _UNAVAILABLE = (
     asyncpg.PostgresConnectionError,  # class 08: refused, lost
     asyncpg.OperatorInterventionError,  # class 57: shutting down, starting up, killed by an operator
     asyncpg.InsufficientResourcesError,  # class 53: too many connections, disk full, out of memory
+    asyncpg.InternalClientError,  # the session ended while the driver asked for the types of a statement
     asyncpg.ObjectNotInPrerequisiteStateError,  # class 55: it takes no connections
     asyncpg.ReadOnlySQLTransactionError,  # a standby after a failover
     *_AGAIN,
