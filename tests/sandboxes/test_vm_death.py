@@ -154,6 +154,25 @@ async def test_destroy_on_a_full_disk(host, autojump_clock, monkeypatch):
         await agent.check()
 
 
+async def test_a_destroy_on_a_full_disk_is_not_taken_for_a_death(host, autojump_clock):
+    """Its record says `running` to the end, so it must go before the rest: the next agent has nothing to tell."""
+    async with host.agent() as agent:
+        await agent.create(ONE)
+
+        def on_step(name):
+            if name == "fsync":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if name == "rmtree":
+                agent.kill()
+
+        host.on_step = on_step
+        await agent.destroy(ONE)
+    host.on_step = lambda name: None
+    async with host.agent() as agent:
+        assert agent.told() == []
+        await agent.check()
+
+
 async def test_death_on_a_full_disk(host, autojump_clock, monkeypatch):
     """It is told as soon as its own disk has made room, and before the last trace goes."""
     async with host.agent() as agent:
