@@ -7,6 +7,7 @@ through `Host.step`, where a test can have the agent killed: nothing of it has a
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import logging
@@ -68,7 +69,11 @@ def run_watched(main, *, instruments, **options):
     """`trio.run` that fails a test in which a task held the loop."""
     held = []
     watchdog = LoopWatchdog(lambda task, seconds: held.append(f"{task} ({seconds * 1000:.0f} ms)"), limit=HELD)
-    result = trio.run(main, instruments=[*instruments, watchdog], **options)
+    gc.freeze()  # a full collection of what earlier tests left behind would be a long step, too
+    try:
+        result = trio.run(main, instruments=[*instruments, watchdog], **options)
+    finally:
+        gc.unfreeze()
     assert not held, f"tasks held the event loop: {', '.join(held)}"
     return result
 
