@@ -22,10 +22,10 @@ import msgspec
 
 from agent.wire.faults import Fault, FaultCode
 
-SandboxId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")]
+SandboxId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 """The UUID alone, lower case: it names directories on the host."""
 
-TemplateName = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$")]
+TemplateName = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}\Z")]
 
 GUEST_METHODS = frozenset(
     {
@@ -70,7 +70,7 @@ class CreateSandbox(_Body, frozen=True, kw_only=True):
     template: TemplateName
     vcpus: Annotated[int, msgspec.Meta(ge=1, le=256)]
     memory_mb: Annotated[int, msgspec.Meta(ge=MIN_MEMORY_MB, le=2**22)]
-    hostname: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+    hostname: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
     envs: dict[str, str] = {}
 
 
