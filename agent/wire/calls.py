@@ -9,6 +9,10 @@
 | `sandbox.create` | CreateSandbox | SandboxState; the same id again gives the same sandbox |
 | `sandbox.destroy` | SandboxRef | - ; also when it is gone already |
 | `sandbox.ping` | SandboxRef | - |
+| `sandbox.pause` | SandboxRef | SandboxState, `paused`; also when it is paused already |
+| `sandbox.resume` | SandboxRef | SandboxState, `running`; also when it runs already |
+| `snapshot.create` | CreateSnapshot | SnapshotState; the same id again gives the same snapshot |
+| `snapshot.remove` | SnapshotRef | - ; also when it is gone already |
 | guest methods of docs/protocol.md | their body plus `sandbox_id` | theirs |
 
 Units: memory and disk in MiB, times in seconds since the epoch.
@@ -24,6 +28,9 @@ from agent.wire.faults import Fault, FaultCode
 
 SandboxId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\Z")]
 """The UUID alone, lower case: it names directories on the host."""
+
+SnapshotId = SandboxId
+"""A UUID of the same form, of a snapshot."""
 
 TemplateName = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}\Z")]
 
@@ -64,7 +71,12 @@ class SandboxRef(_Body, frozen=True, kw_only=True):
 
 
 class CreateSandbox(_Body, frozen=True, kw_only=True):
-    """Make a sandbox from a template. `envs` are defaults for every exec; they never touch the host's disk."""
+    """Make a sandbox from a template. `envs` are defaults for every exec; they never touch the host's disk.
+
+    `snapshot_id`: start from that snapshot of this host instead of the base image `template`; `vcpus` and `memory_mb`
+    must be the snapshot's. `keep_envs`: a fork, which has the defaults of its source; `envs` is ignored.
+    `timeout_sec`: seconds of idleness after which the host pauses it by itself; 0 = never.
+    """
 
     sandbox_id: SandboxId
     template: TemplateName
@@ -72,11 +84,15 @@ class CreateSandbox(_Body, frozen=True, kw_only=True):
     memory_mb: Annotated[int, msgspec.Meta(ge=MIN_MEMORY_MB, le=2**22)]
     hostname: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")]
     envs: dict[str, str] = {}
+    snapshot_id: SnapshotId | None = None
+    keep_envs: bool = False
+    timeout_sec: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
 
 
 class SandboxState(_Body, frozen=True, kw_only=True):
-    """A sandbox as its host knows it. `status`: starting, running or stopping.
-    `timings_ms`: what each step of the start took; empty for an adopted sandbox."""
+    """A sandbox as its host knows it. `status`: starting, running, pausing, paused, resuming or stopping.
+    `timings_ms`: what each step of the last start, pause or resume took; empty for an adopted sandbox.
+    `disk_bytes`: allocated bytes on the host of its disk and snapshot, as of its last pause."""
 
     sandbox_id: SandboxId
     status: str
@@ -87,23 +103,59 @@ class SandboxState(_Body, frozen=True, kw_only=True):
     started_at: float = 0.0
     last_active_at: float = 0.0
     timings_ms: dict[str, float] = {}
+    disk_bytes: int = 0
+
+
+class CreateSnapshot(_Body, frozen=True, kw_only=True):
+    """Freeze a running sandbox, which runs on, or a paused one, which stays paused, under a new id."""
+
+    snapshot_id: SnapshotId
+    sandbox_id: SandboxId
+
+
+class SnapshotRef(_Body, frozen=True, kw_only=True):
+    """Names a snapshot that `snapshot.create` made."""
+
+    snapshot_id: SnapshotId
+
+
+class SnapshotState(_Body, frozen=True, kw_only=True):
+    """A snapshot that sandboxes can start from. `size_bytes`: allocated bytes, shared ones included.
+    `template`: the base image at its bottom. `stopped_ms`: how long the source's vCPUs stood still."""
+
+    snapshot_id: SnapshotId
+    template: TemplateName
+    vcpus: int
+    memory_mb: int
+    disk_mb: int
+    size_bytes: int
+    stopped_ms: float = 0.0
 
 
 class OutboxEntry(_Body, frozen=True, kw_only=True):
-    """Something the host did or saw by itself, kept until acknowledged. `sequence` grows for the host's whole life."""
+    """Something the host did or saw by itself, kept until acknowledged. `sequence` grows for the host's whole life.
+
+    died: its VM ended. auto_paused: it was idle for its time-out. pause_failed: that did not succeed, it runs on.
+    """
 
     sequence: int
     sandbox_id: SandboxId
-    event: Literal["died", "destroyed"]
+    event: Literal["died", "destroyed", "auto_paused", "pause_failed"]
     reason: str
     at: float
 
 
 class HostListing(_Body, frozen=True, kw_only=True):
-    """Everything that lives on the host, and everything it has to tell."""
+    """Everything that lives or rests on the host, and everything it has to tell.
+
+    `sandboxes`: live ones. `paused`: ids of those that rest as a snapshot; they are not among the live ones.
+    `snapshots`: what `snapshot.create` made and `snapshot.remove` has not removed.
+    """
 
     sandboxes: list[SandboxState] = []
     outbox: list[OutboxEntry] = []
+    paused: list[SandboxId] = []
+    snapshots: list[SnapshotId] = []
 
 
 class Acknowledge(_Body, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ class FaultCode(StrEnum):
     NO_CAPACITY = "no_capacity"
     PERMISSION_DENIED = "permission_denied"
     SIZE_MISMATCH = "size_mismatch"
+    SNAPSHOT_DAMAGED = "snapshot_damaged"
     TOO_LARGE = "too_large"
     TOO_MANY_PROCESSES = "too_many_processes"
     UNAVAILABLE = "unavailable"
