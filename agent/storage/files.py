@@ -17,18 +17,29 @@ from agent.storage.overlay import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 SECTOR_BYTES = 512
 """The unit of st_blocks, whatever the file system's own."""
 
 
-def allocated_bytes(overlay: Path) -> int:
-    """Return what a file takes on the disk. Raises OverlayMissing."""
-    try:
-        return overlay.stat().st_blocks * SECTOR_BYTES
-    except FileNotFoundError as error:
-        raise OverlayMissing(f"there is no overlay {overlay}") from error
+def allocated_bytes(overlay: Path, layers: Sequence[Path] = ()) -> int:
+    """Return what the files take on the disk together. Raises OverlayMissing."""
+    return sum(_allocated_bytes(path) for path in (*layers, overlay))
+
+
+def check_present(paths: Iterable[Path]) -> None:
+    """Raises OverlayMissing, naming the first that is not there."""
+    for path in paths:
+        if not path.exists():
+            raise OverlayMissing(f"there is no overlay {path}")
+
+
+def check_absent(target: Path) -> None:
+    """Raises OverlayExists."""
+    if target.exists():
+        raise OverlayExists(f"{target} exists already")
 
 
 def claim(path: Path) -> None:
@@ -71,6 +82,13 @@ def failure(error: OSError) -> StorageError:
     """Translate what the host's file system said."""
     kind = HostDiskFull if error.errno in {errno.ENOSPC, errno.EDQUOT} else StorageToolFailed
     return kind(str(error))
+
+
+def _allocated_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * SECTOR_BYTES
+    except FileNotFoundError as error:
+        raise OverlayMissing(f"there is no overlay {path}") from error
 
 
 def _publish(partial: Path, target: Path) -> None:

@@ -56,8 +56,10 @@ class Qcow2Overlays(OverlayDriver):
         self._tool = tool
         self._processes = trio.CapacityLimiter(MAX_PROCESSES)
 
-    async def create(self, base: Path, overlay: Path, size_mb: int) -> None:
+    async def create(self, base: Path, overlay: Path, size_mb: int, *, layers: Sequence[Path] = ()) -> None:
         """See OverlayDriver."""
+        if layers:
+            raise NotImplementedError
         await trio.to_thread.run_sync(files.check_base, base, size_mb)
         await trio.to_thread.run_sync(files.claim, overlay)
         async with _removed_on_failure(overlay):
@@ -71,12 +73,22 @@ class Qcow2Overlays(OverlayDriver):
         """See OverlayDriver."""
         await trio.to_thread.run_sync(partial(overlay.unlink, missing_ok=True))
 
-    def usage(self, overlay: Path) -> int:
+    def usage(self, overlay: Path, layers: Sequence[Path] = ()) -> int:
         """See OverlayDriver."""
-        return files.allocated_bytes(overlay)
+        return files.allocated_bytes(overlay, layers)
 
-    async def flatten(self, base: Path, overlay: Path, target: Path) -> None:
+    async def freeze(self, overlay: Path, size_mb: int) -> None:
         """See OverlayDriver."""
+        raise NotImplementedError
+
+    async def merge(self, base: Path, layers: Sequence[Path], target: Path) -> None:
+        """See OverlayDriver."""
+        raise NotImplementedError
+
+    async def flatten(self, base: Path, overlay: Path, target: Path, *, layers: Sequence[Path] = ()) -> None:
+        """See OverlayDriver."""
+        if layers:
+            raise NotImplementedError
         await trio.to_thread.run_sync(files.base_size, base)
         await self._check_overlay(base, overlay)
         if await trio.to_thread.run_sync(target.exists):
