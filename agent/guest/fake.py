@@ -29,6 +29,8 @@ class FakeGuest:
     """A VM's guest daemon together with the host's link to it, which is the real one: keeps `agent.guest.driver.Guest`.
 
     `boots` False: it never answers. `answer` serves the requests (see `agent.actor.server.Handler`).
+    `calls`: the methods asked for, in order. `frozen`: from `settle` to `thaw` or `configure`; an `exec` waits then.
+    It never thaws by itself.
     """
 
     def __init__(
@@ -37,12 +39,15 @@ class FakeGuest:
         self.address = address
         self.boots = boots
         self.configured: Body = {}
+        self.calls: list[str] = []
+        self.frozen = False
         self.connections = 0
         self._program = program
         self._answer = answer or self.answer
         self._link = GuestLink(address, connect=self._connect)
         self._server: ServerPeer | None = None
         self._nursery: trio.Nursery | None = None
+        self._thawed = trio.Event()
         self.wait_connected = self._link.wait_connected
         self.call = self._link.call
         self.open_stream = self._link.open_stream
@@ -70,11 +75,21 @@ class FakeGuest:
 
     async def answer(self, method: str, body: Body, stream: ServedStream) -> dict[str, Any]:
         """What a guest daemon says that needs no operating system."""
+        self.calls.append(method)
         match method:
             case "configure":
                 self.configured = body
+                self._thaw()
+                return {}
+            case "settle":
+                self.frozen = True
+                return {"frozen": True, "synced": True, "duration_ms": 0}
+            case "thaw":
+                self._thaw()
                 return {}
             case "exec":
+                while self.frozen:
+                    await self._thawed.wait()
                 output, code = self._program(body)
                 await stream.send(b"\x82\xa3pid\x07\xa3tag\xa1t", NOTICE_CHANNEL)
                 if output:
@@ -84,6 +99,11 @@ class FakeGuest:
                 return {"processes": []}
             case _:
                 raise Fault(FaultCode.UNKNOWN_METHOD, f"the fake guest does not know {method}")
+
+    def _thaw(self) -> None:
+        self.frozen = False
+        self._thawed.set()
+        self._thawed = trio.Event()
 
 
 def _stream_pair() -> tuple[trio.abc.Stream, trio.abc.Stream]:
