@@ -2,9 +2,10 @@
 
 The VMM process belongs to nobody: it outlives the agent that started it and is found again by its identity. No
 exit of ours, and no cancellation, ends a VM; only `Vm.kill` and `VmDriver.kill_process` do. (A boot that is
-cancelled half way kills what it had started.)
+cancelled half way kills what it had started; so does a restore.)
 
-Pausing, saving and restoring join `Vm` and `VmDriver` with the snapshots.
+A paused VM is one whose vCPUs stand still: its process lives, and so does its memory. What a snapshot needs of it is
+taken in this order: `pause`, `pivot_disk` if it shall go on running, `save_state`, its memory (`memory`), `resume`.
 """
 
 from __future__ import annotations
@@ -39,16 +40,40 @@ class VmWillNotDie(VmmError):  # noqa: N818 - says what happened
     """
 
 
+class VmGone(VmmError):  # noqa: N818 - says what happened
+    """The VM has ended, or its guest has; `Vm.wait_exit` says why."""
+
+
+class VmCommandFailed(VmmError):  # noqa: N818 - says what happened
+    """A living VM refused a command, or did not answer in time. Then the command may still take effect later:
+    `Vm.resume` and `Vm.disk_file` bring certainty."""
+
+
+class VmStateFailed(VmmError):  # noqa: N818 - says what happened
+    """The device state could not be saved. No file is left; the VM is paused as before and can be resumed."""
+
+
+class VmDiskFull(VmStateFailed):
+    """The device state could not be saved because the host's disk is full."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VmSpec:
-    """One VM to boot.
+    """One VM to boot or to restore.
 
-    `directory` is private to this VM, absolute, and exists; the VMM keeps its control sockets and its log there.
-    `kernel` and `initramfs` must be readable by `uid`; `disk` is given to `uid` by the boot. Every directory on
-    the way to them needs search permission for others. `tap_fd` stays the caller's, who closes it after the boot
-    or lets it go with the slot. `kernel_arguments` follow those of the driver, which names the console and the
-    root device (`root=/dev/vda`). `network_namespace`: where the VMM itself lives; it needs no network but its tap, so
-    one that was taken over by its guest reaches nothing from there.
+       `directory` is private to this VM, absolute, and exists; the VMM keeps its control sockets and its log there.
+       `kernel` and `initramfs` must be readable by `uid`; `disk` is given to `uid` by the boot. Every directory on
+       the way to them needs search permission for others.
+
+       The guest's disk is `base` (raw), `layers` (qcow2, lowest first) on it and `disk` on top; only `disk` is written.
+    The chain is exactly this, whatever the files themselves name as backing: a hostile VMM may have rewritten its
+    own. `base` and `layers` are opened by the agent and need not be readable by `uid`. Without `base` the disk
+    stands alone, or on what its file names.
+
+    `tap_fd` stays the caller's, who closes it after the boot or lets it go with the slot. `kernel_arguments` follow
+    those of the driver, which names the console and the root device (`root=/dev/vda`). `network_namespace`: where
+    the VMM itself lives; it needs no network but its tap, so one that was taken over by its guest reaches nothing
+    from there.
     """
 
     sandbox_id: str
@@ -65,18 +90,52 @@ class VmSpec:
     gid: int
     kernel_arguments: tuple[str, ...] = ()
     network_namespace: Path | None = None
+    base: Path | None = None
+    layers: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         if not SANDBOX_ID.fullmatch(self.sandbox_id):
             raise ValueError(f"not an id that can name a control group: {self.sandbox_id!r}")
-        for path in (self.directory, self.kernel, self.initramfs, self.disk):
+        chain = (*self.layers, *(() if self.base is None else (self.base,)))
+        for path in (self.directory, self.kernel, self.initramfs, self.disk, *chain):
             if not path.is_absolute():
                 # An overlay records the name of its backing file as it was given: a relative one breaks later.
                 raise ValueError(f"a VM's paths must be absolute: {path}")
+        if self.layers and self.base is None:
+            raise ValueError("layers need a base image below them")
+        if chain and self.disk_format != "qcow2":
+            raise ValueError("only a qcow2 disk can stand on others")
         if self.vcpus < 1 or self.memory_mb < 1:
             raise ValueError("a VM needs at least one vCPU and one MiB")
         if any(not argument.isprintable() or " " in argument for argument in self.kernel_arguments):
             raise ValueError("a kernel argument must be printable and without spaces")
+
+
+@dataclass(frozen=True, slots=True)
+class VmState:
+    """What a VM is restored from, beside its disk.
+
+    `state`: the file that `Vm.save_state` wrote. `page_socket`: where somebody listens who brings the guest's memory,
+    page by page; the VMM connects to it as `VmSpec.uid` and hands its userfaultfd over, with Firecracker's handshake.
+    """
+
+    state: Path
+    page_socket: Path
+
+
+@dataclass(frozen=True, slots=True)
+class GuestMemory:
+    """The memory of one guest: `size` bytes, mapped at `address` in process `pid`.
+
+    `fd` is a read-only descriptor of the memory file, the receiver's to close. Never map it: a read fault on a hole
+    puts a page of zeros there, and whoever was to bring the page is never asked. pread, sendfile and SEEK_DATA are
+    safe.
+    """
+
+    pid: int
+    address: int
+    size: int
+    fd: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +189,52 @@ class Vm(Protocol):
         """Return the cost so far, None once the process has gone."""
         ...
 
+    async def pause(self) -> None:
+        """Stop the vCPUs and write out what the disk still holds in memory; harmless if they stand already.
+
+        Raises VmGone, VmCommandFailed.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """Let the vCPUs go on, after `pause`, `save_state` or a restore; harmless if they run.
+
+        Raises VmGone, VmCommandFailed.
+        """
+        ...
+
+    async def paused(self) -> bool:
+        """Tell whether the vCPUs stand still. Raises VmGone, VmCommandFailed."""
+        ...
+
+    async def save_state(self, target: Path, *, sync: bool = True) -> None:
+        """Write the state of CPUs and devices, without the memory, to a new file; `sync`: and to the disk.
+
+        The VM must be paused and stays so. Once per pause: only after `resume` can it be saved again. Cancelled or
+        failed, it leaves no file. Raises VmGone, VmStateFailed, VmDiskFull.
+        """
+        ...
+
+    async def pivot_disk(self, overlay: Path) -> None:
+        """From now on write to `overlay`, an empty qcow2 file on top of what the disk was; that is read only from here.
+
+        The caller has created `overlay` with the disk's size; it is given to the VM's user. The VM may be paused or
+        running, but not between `save_state` and `resume`. Raises VmGone, VmCommandFailed: then the disk is as before,
+        or `disk_file` says otherwise.
+        """
+        ...
+
+    async def disk_file(self) -> Path:
+        """Return the file the VM writes to now. Raises VmGone, VmCommandFailed.
+
+        It is the VMM that says it: compare it with the names that are possible.
+        """
+        ...
+
+    def memory(self) -> GuestMemory:
+        """Find the guest's memory. Reads /proc: call it in a thread. Raises VmGone, VmCommandFailed."""
+        ...
+
 
 class VmDriver(Protocol):
     """Starts VMs and finds those that an earlier agent started."""
@@ -139,10 +244,24 @@ class VmDriver(Protocol):
         """Which VMM and what executes the guest's instructions, e.g. "qemu-tcg"."""
         ...
 
+    def version(self) -> str:
+        """Return the VMM and its version, e.g. "qemu-tcg 7.2.22": saved states are valid for one of them."""
+        ...
+
     async def boot(self, spec: VmSpec) -> Vm:
         """Start a VM; it executes its kernel when this returns. Raises VmStartFailed.
 
         Cancelled, it leaves nothing running.
+        """
+        ...
+
+    async def restore(self, spec: VmSpec, saved: VmState) -> Vm:
+        """Start a VM where another was saved; it is paused when this returns, and `Vm.resume` sets it going.
+
+        `spec` must be that of the saved VM in vCPUs, memory and the content of the disk; the rest may differ.
+        `kernel`, `initramfs` and `kernel_arguments` are not used. Any number of VMs may be restored from one state.
+        Whoever listens at the page socket must serve page faults from the start. Raises VmStartFailed. Cancelled, it
+        leaves nothing running.
         """
         ...
 

@@ -7,41 +7,76 @@ object, as real ones belong to the host: an agent that is stopped and started ag
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
-from agent.vmm.driver import Vm, VmDriver, VmProcess, VmSpec, VmStartFailed, VmStatistics, VmWillNotDie
+from agent.vmm.driver import (
+    GuestMemory,
+    Vm,
+    VmCommandFailed,
+    VmDriver,
+    VmmError,
+    VmProcess,
+    VmSpec,
+    VmStartFailed,
+    VmState,
+    VmStateFailed,
+    VmStatistics,
+    VmWillNotDie,
+)
+from agent.vmm.fake_machine import FakeMachine
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 FIRST_PID = 2**22 + 1
 """Above the kernel's highest possible pid: a fake identity can never name a real process."""
 
 KILLED = "the VM was ended by the agent"
 
+Call = Literal["boot", "restore", "pause", "resume", "paused", "save_state", "pivot_disk", "disk_file", "memory"]
 
-class FakeMachine:
-    """What a VMM process is to the host: it exists, and one day it has ended for a reason."""
+ERRORS: dict[Call, type[VmmError]] = {"boot": VmStartFailed, "restore": VmStartFailed, "save_state": VmStateFailed}
+"""What a call raises when told to fail; VmCommandFailed where nothing else is said."""
 
-    def __init__(self, spec: VmSpec, process: VmProcess) -> None:
-        self.spec = spec
-        self.process = process
-        self.console = ""
-        self.unkillable = False
-        self.ended = trio.Event()
-        self.reason = ""
 
-    def die(self, reason: str) -> None:
-        """End, as a VMM does that crashes or whose guest powers off."""
-        if not self.ended.is_set():
-            self.reason = reason
-            self.ended.set()
+@dataclass(slots=True)
+class Faults:
+    """What a test has arranged for the next calls."""
+
+    planned: dict[Call, list[tuple[VmmError, bool]]] = field(default_factory=lambda: defaultdict(list))
+    gates: dict[Call, trio.Event] = field(default_factory=dict)
+
+    @asynccontextmanager
+    async def around(self, call: Call) -> AsyncIterator[None]:
+        """Hold the call at its gate; raise what was planned before its work, or after it."""
+        await trio.lowlevel.checkpoint()
+        if (gate := self.gates.get(call)) is not None:
+            await gate.wait()
+        error, done = self.take(call)
+        if error is not None and not done:
+            raise error
+        yield
+        if error is not None:
+            raise error
+
+    def take(self, call: Call) -> tuple[VmmError | None, bool]:
+        """Return what was planned for the next such call, and whether its work is done all the same."""
+        planned = self.planned.get(call)
+        return planned.pop(0) if planned else (None, False)
 
 
 class FakeVm(Vm):
-    """A handle on a machine (see Vm)."""
+    """A handle on a machine (see Vm). Its calls use no threads: a fake clock does not wait for them."""
 
-    def __init__(self, machine: FakeMachine) -> None:
+    def __init__(self, machine: FakeMachine, faults: Faults) -> None:
         self._machine = machine
+        self._faults = faults
 
     @property
     def process(self) -> VmProcess:
@@ -70,9 +105,54 @@ class FakeVm(Vm):
             return None
         return VmStatistics(resident_bytes=self._machine.spec.memory_mb << 20, cpu_seconds=0.0)
 
+    async def pause(self) -> None:
+        """See Vm."""
+        async with self._call("pause"):
+            self._machine.paused = True
+
+    async def resume(self) -> None:
+        """See Vm."""
+        async with self._call("resume"):
+            self._machine.paused = self._machine.saved = False
+
+    async def paused(self) -> bool:
+        """See Vm."""
+        async with self._call("paused"):
+            return self._machine.paused
+
+    async def save_state(self, target: Path, *, sync: bool = True) -> None:
+        """See Vm."""
+        async with self._call("save_state"):
+            self._machine.save(target, sync=sync)
+
+    async def pivot_disk(self, overlay: Path) -> None:
+        """See Vm."""
+        async with self._call("pivot_disk"):
+            self._machine.pivot(overlay)
+
+    async def disk_file(self) -> Path:
+        """See Vm."""
+        async with self._call("disk_file"):
+            return self._machine.disk
+
+    def memory(self) -> GuestMemory:
+        """See Vm."""
+        self._machine.check_alive()
+        error, _ = self._faults.take("memory")
+        if error is not None:
+            raise error
+        return self._machine.memory()
+
+    @asynccontextmanager
+    async def _call(self, call: Call) -> AsyncIterator[None]:
+        self._machine.check_alive()
+        async with self._faults.around(call):
+            self._machine.check_alive()
+            yield
+
 
 class FakeVmDriver(VmDriver):
-    """See VmDriver. A test steers it: `fail_next_boot`, `boot_gate`, `machine(sandbox_id).die(reason)`."""
+    """See VmDriver. A test steers it: `fail_next`, `hold`, `boot_gate`, `machine(sandbox_id)` and its `die`, `tick`."""
 
     name = "fake"
 
@@ -81,12 +161,25 @@ class FakeVmDriver(VmDriver):
         self.boot_gate = trio.Event()
         """Clear (a fresh Event) to hold boots half way; set from the start."""
         self.boot_gate.set()
-        self._boot_failure: str | None = None
+        self._faults = Faults()
         self._pids = itertools.count(FIRST_PID)
+
+    def fail_next(self, call: Call, reason: str, *, error: type[VmmError] | None = None, done: bool = False) -> None:
+        """Make the next `call` of any VM raise its typical error, or `error`.
+
+        Told several times, as many calls fail. `done`: only after its work, as when an answer came too late.
+        """
+        kind = error or ERRORS.get(call, VmCommandFailed)
+        self._faults.planned[call].append((kind(reason), done))
 
     def fail_next_boot(self, reason: str) -> None:
         """Make the next boot raise VmStartFailed."""
-        self._boot_failure = reason
+        self.fail_next("boot", reason)
+
+    def hold(self, call: Call) -> trio.Event:
+        """Hold every `call` half way, until the event is set that is returned."""
+        gate = self._faults.gates[call] = trio.Event()
+        return gate
 
     def machine(self, sandbox_id: str) -> FakeMachine:
         """Return the machine of a sandbox that runs. Raises KeyError."""
@@ -95,21 +188,19 @@ class FakeVmDriver(VmDriver):
                 return machine
         raise KeyError(sandbox_id)
 
+    def version(self) -> str:
+        """See VmDriver."""
+        return "fake 1"
+
     async def boot(self, spec: VmSpec) -> Vm:
         """See VmDriver."""
         await trio.lowlevel.checkpoint()
-        machine = FakeMachine(spec, VmProcess(pid := next(self._pids), start_time=pid))
-        self.machines[machine.process] = machine
-        try:
-            await self.boot_gate.wait()
-        except trio.Cancelled:
-            machine.die(KILLED)
-            raise
-        if self._boot_failure is not None:
-            reason, self._boot_failure = self._boot_failure, None
-            machine.die(reason)
-            raise VmStartFailed(reason)
-        return FakeVm(machine)
+        return await self._start("boot", self._new_machine(spec))
+
+    async def restore(self, spec: VmSpec, saved: VmState) -> Vm:
+        """See VmDriver. Nobody needs to listen at the page socket."""
+        await trio.lowlevel.checkpoint()
+        return await self._start("restore", self._new_machine(spec, saved))
 
     async def adopt(self, spec: VmSpec, process: VmProcess) -> Vm | None:
         """See VmDriver."""
@@ -117,7 +208,7 @@ class FakeVmDriver(VmDriver):
         machine = self.machines.get(process)
         if machine is None or machine.ended.is_set() or machine.spec.sandbox_id != spec.sandbox_id:
             return None
-        return FakeVm(machine) if machine.spec.directory == spec.directory else None
+        return FakeVm(machine, self._faults) if machine.spec.directory == spec.directory else None
 
     def find_orphans(self, root: Path) -> dict[Path, VmProcess]:
         """See VmDriver."""
@@ -139,6 +230,24 @@ class FakeVmDriver(VmDriver):
 
     def _running(self) -> list[FakeMachine]:
         return [machine for machine in self.machines.values() if not machine.ended.is_set()]
+
+    def _new_machine(self, spec: VmSpec, saved: VmState | None = None) -> FakeMachine:
+        machine = FakeMachine(spec, VmProcess(pid := next(self._pids), start_time=pid), saved)
+        self.machines[machine.process] = machine
+        return machine
+
+    async def _start(self, call: Literal["boot", "restore"], machine: FakeMachine) -> Vm:
+        try:
+            await self.boot_gate.wait()
+            async with self._faults.around(call):
+                machine.load()
+        except trio.Cancelled:
+            machine.die(KILLED)
+            raise
+        except VmStartFailed as error:
+            machine.die(str(error))
+            raise
+        return FakeVm(machine, self._faults)
 
 
 def _kill(machine: FakeMachine) -> None:

@@ -13,7 +13,7 @@ import structlog
 import trio
 
 from agent.vmm.cgroup import CgroupTree
-from agent.vmm.driver import VmDriver, VmmUnavailable, VmProcess, VmSpec, VmStartFailed, VmWillNotDie
+from agent.vmm.driver import VmDriver, VmmUnavailable, VmProcess, VmSpec, VmStartFailed, VmState, VmWillNotDie
 from agent.vmm.kvm import kvm_group, probe_kvm
 from agent.vmm.process import Candidate, WatchedProcess, inspect, processes, spawn
 from agent.vmm.qemu_command import NAME_PREFIX, Accelerator, qemu_command
@@ -69,6 +69,14 @@ class QemuDriver(VmDriver):
             with trio.move_on_after(2 * KILL_TIMEOUT, shield=True):
                 await vm.kill()
             raise
+
+    def version(self) -> str:
+        """See VmDriver."""
+        return f"{self.name} unknown"
+
+    async def restore(self, spec: VmSpec, saved: VmState) -> QemuVm:
+        """See VmDriver."""
+        raise NotImplementedError(spec, saved)
 
     async def adopt(self, spec: VmSpec, process: VmProcess) -> QemuVm | None:
         """See VmDriver."""

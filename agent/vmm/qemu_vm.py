@@ -12,6 +12,7 @@ import trio
 from agent.vmm import qmp
 from agent.vmm.driver import (
     MAX_CONSOLE_BYTES,
+    GuestMemory,
     Vm,
     VmProcess,
     VmStartFailed,
@@ -148,6 +149,34 @@ class QemuVm(Vm):
     def statistics(self) -> VmStatistics | None:
         """See Vm."""
         return self._process.statistics()
+
+    async def pause(self) -> None:
+        """See Vm."""
+        raise NotImplementedError
+
+    async def resume(self) -> None:
+        """See Vm."""
+        raise NotImplementedError
+
+    async def paused(self) -> bool:
+        """See Vm."""
+        raise NotImplementedError
+
+    async def save_state(self, target: Path, *, sync: bool = True) -> None:
+        """See Vm."""
+        raise NotImplementedError(target, sync)
+
+    async def pivot_disk(self, overlay: Path) -> None:
+        """See Vm."""
+        raise NotImplementedError(overlay)
+
+    async def disk_file(self) -> Path:
+        """See Vm."""
+        raise NotImplementedError
+
+    def memory(self) -> GuestMemory:
+        """See Vm."""
+        raise NotImplementedError
 
     def last_words(self) -> str:
         """What QEMU itself said last, ready to be appended to a sentence."""
