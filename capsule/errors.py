@@ -142,10 +142,24 @@ class IdempotencyKeyReused(CapsuleError):
     status = 409
 
 
+class InUse(CapsuleError):
+    """Sandboxes depend on it; `sandbox_ids` names them."""
+
+    code = "in_use"
+    status = 409
+
+
 class InvalidState(CapsuleError):
     """The sandbox's status does not allow this."""
 
     code = "invalid_state"
+    status = 409
+
+
+class SnapshotDamaged(CapsuleError):
+    """A file of the sandbox's or template's snapshot is damaged or missing; the message names it. Nothing was lost."""
+
+    code = "snapshot_damaged"
     status = 409
 
 

@@ -22,6 +22,7 @@ _ALWAYS: dict[str, Callable[[str], errors.CapsuleError]] = {
     FaultCode.NOT_FOUND: errors.NotFound,
     FaultCode.PERMISSION_DENIED: errors.PermissionDenied,
     FaultCode.SIZE_MISMATCH: errors.InvalidRequest,
+    FaultCode.SNAPSHOT_DAMAGED: errors.SnapshotDamaged,
     FaultCode.TOO_LARGE: errors.TooLarge,
 }
 

@@ -207,6 +207,37 @@ async def test_overdue_finds_exactly_rows_past_their_deadline(db: Database, sand
     assert await db.run(sandboxes.overdue, soon + timedelta(seconds=1)) == [row]
 
 
+async def test_what_only_its_host_can_end_is_not_in_the_way(
+    db: Database, sandbox: MakeSandbox, soon: datetime, host: UUID
+):
+    """However many rows wait for a host that is away, they take no place in the list; one without a host does."""
+
+    async def step(row: SandboxRow, to_status: str, host_id: UUID | None = None) -> SandboxRow:
+        changed = await db.transaction(
+            partial(
+                sandboxes.change_status,
+                from_status=row.status,
+                generation=row.generation,
+                to_status=to_status,
+                host_id=host_id,
+                transition_deadline=None if to_status in {"running", "paused"} else soon,
+            ),
+            row.id,
+        )
+        assert changed is not None
+        return changed
+
+    nowhere = await step(await sandbox(), "stopping")
+    starting = await step(await sandbox(), "starting", host)
+    ways = (["stopping"], ["running", "pausing"], ["running", "pausing", "paused", "resuming"])
+    for way in ways:
+        row = await step(await sandbox(), "starting", host)
+        for to_status in way:
+            row = await step(row, to_status)
+    found = await db.run(sandboxes.overdue, soon + timedelta(seconds=1))
+    assert {row.id for row in found} == {nowhere.id, starting.id}
+
+
 async def test_counting_for_a_quota_is_one_after_the_other(db: Database, team: TeamRow, soon: datetime):
     """Ten creates at once under a limit of three make three sandboxes."""
 

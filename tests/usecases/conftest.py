@@ -26,6 +26,7 @@ ERROR_OF = {
     FaultCode.NO_CAPACITY: errors.NoHostsAvailable,
     FaultCode.PERMISSION_DENIED: errors.PermissionDenied,
     FaultCode.SIZE_MISMATCH: errors.InvalidRequest,
+    FaultCode.SNAPSHOT_DAMAGED: errors.SnapshotDamaged,
     FaultCode.TOO_LARGE: errors.TooLarge,
     FaultCode.TOO_MANY_PROCESSES: errors.TooManyExecs,
     FaultCode.UNAVAILABLE: errors.HostUnavailable,

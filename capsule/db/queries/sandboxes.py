@@ -205,12 +205,17 @@ async def on_host(tx: Connection, host_id: UUID) -> list[SandboxRow]:
 
 
 async def overdue(tx: Connection, now: datetime) -> list[SandboxRow]:
-    """Rows on their way past their deadline, the longest overdue first; at most 1000."""
+    """Rows that nobody but the monitor can end, past their deadline, the longest overdue first; at most 1000.
+
+    Of the others (stopping, pausing, resuming on a host) only the host knows what became of them: its follower asks.
+    """
     return many(
         SandboxRow,
         await tx.fetch(
             f"""
-            select {_COLUMNS} from sandboxes where transition_deadline < $1 order by transition_deadline limit 1000
+            select {_COLUMNS} from sandboxes
+            where transition_deadline < $1 and (status in ('pending', 'starting') or host_id is null)
+            order by transition_deadline limit 1000
             """,
             now,
         ),
