@@ -1,0 +1,93 @@
+"""Every operation by which the store changes the disk, one system call or nearly so each.
+
+All of the package goes through here, so that tests can fail or stop it between any two of them. They raise OSError;
+`reported` turns that into this package's errors.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agent.snapshots.errors import HostDiskFull, StoreFailed
+
+DIRECTORY_MODE = 0o711
+"""Others reach what they know the name of, and can list nothing."""
+
+SEALED_MODE = 0o400
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory that must not exist."""
+    path.mkdir(mode=DIRECTORY_MODE)
+
+
+def create(path: Path) -> int:
+    """Open a new file for writing, and for its owner alone."""
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+
+
+def write(descriptor: int, data: bytes | memoryview) -> int:
+    """Write some of `data`; returns how many bytes it took."""
+    return os.write(descriptor, data)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until a file is on the disk."""
+    os.fsync(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_owner(descriptor: int, uid: int, gid: int) -> None:
+    """Change whose an open file is."""
+    os.fchown(descriptor, uid, gid)
+
+
+def set_mode(descriptor: int, mode: int) -> None:
+    """Change what may be done with an open file or directory."""
+    os.fchmod(descriptor, mode)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, which must not exist."""
+    os.link(source, target, follow_symlinks=False)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or directory; a file's target is replaced."""
+    source.rename(target)
+
+
+def unlink(path: Path) -> None:
+    """Remove a name of a file; harmless when it is gone."""
+    path.unlink(missing_ok=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty directory; harmless when it is gone."""
+    try:
+        path.rmdir()
+    except FileNotFoundError:
+        return
+
+
+@contextmanager
+def reported(doing: str) -> Iterator[None]:
+    """Raise HostDiskFull or StoreFailed for what the operating system says while `doing` something."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise HostDiskFull(f"the disk is full while {doing}: free some space and try again ({err})") from err
+        raise StoreFailed(f"{doing}: {err}") from err
