@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import socket
-from contextlib import ExitStack
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import trio
@@ -15,18 +16,30 @@ import trio
 from agent.vmm.cgroup import CgroupTree
 from agent.vmm.driver import VmDriver, VmmUnavailable, VmProcess, VmSpec, VmStartFailed, VmState, VmWillNotDie
 from agent.vmm.kvm import kvm_group, probe_kvm
-from agent.vmm.process import Candidate, WatchedProcess, inspect, processes, spawn
-from agent.vmm.qemu_command import NAME_PREFIX, Accelerator, qemu_command
-from agent.vmm.qemu_vm import CONTROL_SOCKET, EVENTS_SOCKET, KILL_TIMEOUT, QemuVm
+from agent.vmm.process import Candidate, WatchedProcess, inspect, processes
+from agent.vmm.qemu_command import NAME_PREFIX, Accelerator
+from agent.vmm.qemu_launch import USERFAULTFD, Launcher
+from agent.vmm.qemu_vm import KILL_TIMEOUT, QemuVm, end
+from agent.vmm.shim.build import ShimError, find_shim
 from agent.vmm.tsc import tsc_khz
 from agent.vmm.vmm_log import VmmLog
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 log = structlog.get_logger()
 
 PROGRAM = "qemu-system-x86_64"
+SHIMS = Path("/var/lib/capsule/vmm")
+"""Where the preloaded library is, or is built when it is first needed."""
 
 BOOT_TIMEOUT = 60.0
 """Seconds until QEMU answers. It takes 0.1 s; a machine that starts a hundred at once may take a while."""
+
+RESTORE_TIMEOUT = 30.0
+"""Seconds until a saved VM is there again. It takes 0.1 s; the pages of memory that it needs may have to be read."""
+
+VERSION_TIMEOUT = 20.0
 
 MAX_SPAWNS = 4
 """QEMUs being forked at once; more of them would only queue for the processors."""
@@ -37,46 +50,52 @@ OVERHEAD_MB = 384
 MAX_TASKS = 256
 """Threads of one QEMU: a few, one per vCPU, and up to 64 for disk I/O."""
 
-LISTEN_BACKLOG = 8
-
 
 class QemuDriver(VmDriver):
     """Starts QEMUs, each as an unprivileged user under QEMU's system call filter, in a control group of its own."""
 
-    def __init__(
-        self, *, binary: Path, accelerator: Accelerator, cgroups: CgroupTree, groups: tuple[int, ...] = ()
-    ) -> None:
-        self._binary = binary
-        self._accelerator = accelerator
+    def __init__(self, launcher: Launcher, *, version: str, cgroups: CgroupTree) -> None:
+        self._launcher = launcher
+        self._version = version
         self._cgroups = cgroups
-        self._groups = groups
         self._spawns = trio.CapacityLimiter(MAX_SPAWNS)
 
     @property
     def name(self) -> str:
         """See VmDriver."""
-        return f"qemu-{self._accelerator.kind}"
-
-    async def boot(self, spec: VmSpec) -> QemuVm:
-        """See VmDriver."""
-        vm = await trio.to_thread.run_sync(self._spawn, spec, limiter=self._spawns)
-        try:
-            with trio.move_on_after(BOOT_TIMEOUT):
-                await vm.wait_ready()
-                return vm
-            raise VmStartFailed(f"QEMU did not answer within {BOOT_TIMEOUT:g} s{vm.last_words()}")  # noqa: TRY301
-        except BaseException:
-            with trio.move_on_after(2 * KILL_TIMEOUT, shield=True):
-                await vm.kill()
-            raise
+        return f"qemu-{self._launcher.accelerator.kind}"
 
     def version(self) -> str:
         """See VmDriver."""
-        return f"{self.name} unknown"
+        return f"{self.name} {self._version}"
+
+    async def boot(self, spec: VmSpec) -> QemuVm:
+        """See VmDriver."""
+        async with self._started(spec, None) as vm:
+            with trio.move_on_after(BOOT_TIMEOUT):
+                await vm.wait_ready()
+                return vm
+            raise VmStartFailed(f"QEMU did not answer within {BOOT_TIMEOUT:g} s{vm.last_words()}")
 
     async def restore(self, spec: VmSpec, saved: VmState) -> QemuVm:
         """See VmDriver."""
-        raise NotImplementedError(spec, saved)
+        if self._launcher.shim is None:
+            raise VmStartFailed(f"VMs cannot be restored on this machine: {USERFAULTFD} or a C compiler is missing")
+        try:
+            state = os.open(saved.state, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise VmStartFailed(f"the saved state cannot be read: {error}") from error
+        try:
+            async with self._started(spec, saved.page_socket) as vm:
+                with trio.move_on_after(RESTORE_TIMEOUT):
+                    await vm.wait_ready(state)
+                    return vm
+                raise VmStartFailed(
+                    f"QEMU did not restore the VM within {RESTORE_TIMEOUT:g} s: has nobody brought the memory "
+                    f"it asked for?{vm.last_words()}"
+                )
+        finally:
+            os.close(state)
 
     async def adopt(self, spec: VmSpec, process: VmProcess) -> QemuVm | None:
         """See VmDriver."""
@@ -91,7 +110,7 @@ class QemuDriver(VmDriver):
             or found.directory != spec.directory.resolve()
         ):
             return None
-        return QemuVm(spec.sandbox_id, spec.directory, watched, self._cgroups, VmmLog.open(spec.directory))
+        return QemuVm(spec, watched, self._cgroups, VmmLog.open(spec.directory))
 
     def find_orphans(self, root: Path) -> dict[Path, VmProcess]:
         """See VmDriver."""
@@ -111,36 +130,27 @@ class QemuDriver(VmDriver):
         sandbox_id = _sandbox_of(found)
         if sandbox_id is None or found.identity != process:
             raise VmWillNotDie(f"process {process.pid} is not a QEMU of ours; it is left alone")
-        await QemuVm(sandbox_id, found.directory, watched, self._cgroups, None).kill()
+        await end(watched, self._cgroups, sandbox_id)
 
     async def remove_leftovers(self) -> None:
         """See VmDriver."""
         await trio.to_thread.run_sync(self._cgroups.remove_empty)
 
-    def _spawn(self, spec: VmSpec) -> QemuVm:
-        """Start QEMU; blocks. It may die at once, or never answer: that is seen by who waits for it."""
+    @asynccontextmanager
+    async def _started(self, spec: VmSpec, page_socket: Path | None) -> AsyncIterator[QemuVm]:
+        """Start a QEMU; if the block fails or is cancelled, nothing of it is left."""
+        vm = await trio.to_thread.run_sync(self._spawn, spec, page_socket, limiter=self._spawns)
         try:
-            with ExitStack() as stack:
-                control, events = (_listen(stack, spec.directory, name) for name in (CONTROL_SOCKET, EVENTS_SOCKET))
-                output = VmmLog.create(spec.directory)
-                command = qemu_command(
-                    spec,
-                    binary=self._binary,
-                    accelerator=self._accelerator,
-                    control_fd=control.fileno(),
-                    events_fd=events.fileno(),
-                )
-                os.chown(spec.disk, spec.uid, spec.gid, follow_symlinks=False)
-                watched = spawn(
-                    command,
-                    directory=spec.directory,
-                    uid=spec.uid,
-                    gid=spec.gid,
-                    groups=self._groups,
-                    output=output.fileno(),
-                    descriptors=(control.fileno(), events.fileno(), spec.tap_fd),
-                    network_namespace=spec.network_namespace,
-                )
+            yield vm
+        except BaseException:
+            with trio.move_on_after(2 * KILL_TIMEOUT, shield=True):
+                await vm.kill()
+            raise
+
+    def _spawn(self, spec: VmSpec, page_socket: Path | None) -> QemuVm:
+        """Start QEMU in its control group; blocks."""
+        try:
+            watched, output = self._launcher.start(spec, page_socket)
         except OSError as error:
             raise VmStartFailed(f"QEMU could not be started: {error}") from error
         self._cgroups.add(
@@ -149,18 +159,41 @@ class QemuDriver(VmDriver):
             memory_bytes=(spec.memory_mb + OVERHEAD_MB) << 20,
             processes=MAX_TASKS,
         )
-        return QemuVm(spec.sandbox_id, spec.directory, watched, self._cgroups, output)
+        return QemuVm(spec, watched, self._cgroups, output)
 
 
-async def detect_qemu(cgroup_parent: str = "capsule") -> QemuDriver:
-    """Return the driver for this machine: with KVM only if it runs a guest. Raises VmmUnavailable."""
+async def detect_qemu(cgroup_parent: str = "capsule", shims: Path = SHIMS) -> QemuDriver:
+    """Return the driver for this machine: with KVM only if it runs a guest. Raises VmmUnavailable.
+
+    `shims`: a directory that every VM's user can reach, for the preloaded library.
+    """
     binary = shutil.which(PROGRAM)
     if binary is None:
         raise VmmUnavailable(f"{PROGRAM} is not installed; run: apt-get install qemu-system-x86")
     accelerator, groups = await _choose_accelerator()
-    return QemuDriver(
-        binary=Path(binary), accelerator=accelerator, cgroups=CgroupTree.detect(cgroup_parent), groups=groups
-    )
+    shim = await trio.to_thread.run_sync(_choose_shim, shims)
+    launcher = Launcher(binary=Path(binary), accelerator=accelerator, groups=groups, shim=shim)
+    return QemuDriver(launcher, version=await _ask_version(binary), cgroups=CgroupTree.detect(cgroup_parent))
+
+
+async def _ask_version(binary: str) -> str:
+    with trio.move_on_after(VERSION_TIMEOUT):
+        done = await trio.run_process([binary, "-version"], capture_stdout=True, check=False)
+        if found := re.search(rb"version (\d+(?:\.\d+)+)", done.stdout):
+            return found[1].decode()
+    raise VmmUnavailable(f"{binary} does not tell its version")
+
+
+def _choose_shim(directory: Path) -> Path | None:
+    """Find what VMs can be restored with; None where they can only be booted."""
+    if not USERFAULTFD.exists():
+        log.warning("vms_not_restorable", reason=f"{USERFAULTFD} is missing: Linux 6.1 or later is needed")
+        return None
+    try:
+        return find_shim(directory)
+    except ShimError as error:
+        log.warning("vms_not_restorable", reason=str(error))
+        return None
 
 
 async def _choose_accelerator() -> tuple[Accelerator, tuple[int, ...]]:
@@ -174,17 +207,6 @@ async def _choose_accelerator() -> tuple[Accelerator, tuple[int, ...]]:
             return Accelerator("kvm"), () if group is None else (group,)
     log.info("kvm_not_used", reason=answer.reason)
     return Accelerator("tcg", tsc_khz=await trio.to_thread.run_sync(tsc_khz)), ()
-
-
-def _listen(stack: ExitStack, directory: Path, name: str) -> socket.socket:
-    """Listen for QEMU, before it runs: a client can connect at once and has nothing to wait or look for."""
-    parent = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    stack.callback(os.close, parent)
-    (directory / name).unlink(missing_ok=True)  # of an earlier boot
-    listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-    listener.bind(f"/proc/self/fd/{parent}/{name}")
-    listener.listen(LISTEN_BACKLOG)
-    return listener
 
 
 def _sandbox_of(found: Candidate) -> str | None:

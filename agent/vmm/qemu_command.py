@@ -23,6 +23,12 @@ CONSOLE = "console"
 TRANSLATION_CACHE_MB = 32
 """Code cache of TCG. The default of 1 GiB lets a busy guest cost its host hundreds of MiB; below 16 it thrashes."""
 
+DISK_NODE = "disk-0"
+"""The block node the guest's disk starts with; a pivot puts the next number on top. The file below a node has the
+node's name with FILE_SUFFIX."""
+
+FILE_SUFFIX = "-file"
+
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -48,10 +54,20 @@ class Accelerator:
         return (f"tsc_early_khz={self.tsc_khz}", "tsc=reliable", "no_timer_check")
 
 
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """Numbers of the descriptors a QEMU inherits. `control` and `events` are listening unix sockets; `chain` is what
+    lies below its disk, read-only: the base image, then the layers, lowest first."""
+
+    control: int
+    events: int
+    chain: tuple[int, ...] = ()
+
+
 def qemu_command(
-    spec: VmSpec, *, binary: Path, accelerator: Accelerator, control_fd: int, events_fd: int
+    spec: VmSpec, *, binary: Path, accelerator: Accelerator, inherited: Inherited, restored: bool = False
 ) -> tuple[str, ...]:
-    """Build the command line. `control_fd` and `events_fd` are listening unix sockets the process inherits."""
+    """Build the command line. `restored`: wait for a saved state instead of starting the kernel."""
     size = f"{spec.memory_mb}M"
     return (
         str(binary),
@@ -71,14 +87,25 @@ def qemu_command(
         *("-sandbox", SANDBOX),
         *("-chardev", f"ringbuf,id={CONSOLE},size={MAX_CONSOLE_BYTES}"),
         *("-serial", f"chardev:{CONSOLE}"),
-        *_monitor("control", control_fd),
-        *_monitor("events", events_fd),
+        *_monitor("control", inherited.control),
+        *_monitor("events", inherited.events),
+        *(("-incoming", "defer", "-S") if restored else _kernel(spec, accelerator)),
+        *_disk(spec, inherited.chain),
+        *("-netdev", f"tap,id=net,fd={spec.tap_fd}"),
+        *("-device", _json({"driver": "virtio-net-device", "netdev": "net", "mac": spec.mac})),
+    )
+
+
+def overlay_node(overlay: Path, name: str) -> dict[str, object]:
+    """Describe a qcow2 overlay without anything below it, as a block node called `name`."""
+    return {**_image("qcow2", overlay, name), "backing": None}
+
+
+def _kernel(spec: VmSpec, accelerator: Accelerator) -> tuple[str, ...]:
+    return (
         *("-kernel", str(spec.kernel)),
         *("-initrd", str(spec.initramfs)),
         *("-append", " ".join(_kernel_arguments(spec, accelerator))),
-        *_disk(spec),
-        *("-netdev", f"tap,id=net,fd={spec.tap_fd}"),
-        *("-device", _json({"driver": "virtio-net-device", "netdev": "net", "mac": spec.mac})),
     )
 
 
@@ -95,12 +122,40 @@ def _monitor(name: str, descriptor: int) -> tuple[str, ...]:
     return ("-chardev", chardev, "-mon", f"chardev={name},mode=control")
 
 
-def _disk(spec: VmSpec) -> tuple[str, ...]:
-    file = {"driver": "file", "filename": str(spec.disk), "aio": "threads", "discard": "unmap"}
-    node = {"driver": spec.disk_format, "node-name": "disk", "discard": "unmap", "file": file}
+def _disk(spec: VmSpec, chain: tuple[int, ...]) -> tuple[str, ...]:
+    node = _image(spec.disk_format, spec.disk, DISK_NODE)
+    if chain:
+        node["backing"] = _chain(len(chain))
+    descriptors = [("-add-fd", f"fd={descriptor},set={number}") for number, descriptor in enumerate(chain)]
     # A full host disk is an I/O error in the guest. QEMU's own default stops the VM and waits for an operator.
-    device = {"driver": "virtio-blk-device", "drive": "disk", "werror": "report", "rerror": "report"}
-    return ("-blockdev", _json(node), "-device", _json(device))
+    device = {"driver": "virtio-blk-device", "drive": DISK_NODE, "werror": "report", "rerror": "report"}
+    return (*(word for option in descriptors for word in option), "-blockdev", _json(node), "-device", _json(device))
+
+
+def _image(driver: str, path: Path, name: str) -> dict[str, object]:
+    file = {
+        "driver": "file",
+        "node-name": name + FILE_SUFFIX,
+        "filename": str(path),
+        "aio": "threads",
+        "discard": "unmap",
+    }
+    return {"driver": driver, "node-name": name, "discard": "unmap", "file": file}
+
+
+def _chain(length: int) -> dict[str, object]:
+    """Describe base image and layers, each on the one before. Not locked: any number of VMs share them."""
+    node: dict[str, object] = {}
+    for number in range(length):
+        file = {"driver": "file", "filename": f"/dev/fdset/{number}", "locking": "off", "read-only": True}
+        node = {
+            "driver": "qcow2" if number else "raw",
+            "node-name": f"layer-{number}" if number else "base",
+            "read-only": True,
+            "file": file,
+            **({"backing": node} if number else {}),
+        }
+    return node
 
 
 def _json(options: object) -> str:

@@ -1,25 +1,32 @@
-"""One running QEMU: its end noticed and explained, its console read, its process killed."""
+"""One running QEMU: its end noticed and explained, its console read, its process killed, its state saved."""
 
 from __future__ import annotations
 
 import base64
 import math
+import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
 import trio
 
-from agent.vmm import qmp
+from agent.vmm import qemu_state, qmp
 from agent.vmm.driver import (
     MAX_CONSOLE_BYTES,
     GuestMemory,
     Vm,
+    VmCommandFailed,
+    VmGone,
+    VmmError,
     VmProcess,
     VmStartFailed,
     VmStatistics,
     VmWillNotDie,
 )
+from agent.vmm.guest_memory import find_memory, has_userfaultfd
 from agent.vmm.qemu_command import CONSOLE
+from agent.vmm.qemu_control import DYING_TIMEOUT, QMP_TIMEOUT, QemuControl
 from agent.vmm.qmp import QmpClient, QmpError, QmpUnreachable
 from agent.vmm.text import last_lines, printable
 
@@ -27,23 +34,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent.vmm.cgroup import CgroupTree
+    from agent.vmm.driver import VmSpec
     from agent.vmm.process import ProcessExit, WatchedProcess
     from agent.vmm.vmm_log import VmmLog
 
 log = structlog.get_logger()
 
-CONTROL_SOCKET = "qmp.sock"
 EVENTS_SOCKET = "qmp-events.sock"
 """QEMU serves one client per socket: the second one is for who waits for the guest's end."""
 
 KILL_TIMEOUT = 10.0
 """Seconds for a killed QEMU to give its memory back; 0.1 s is usual."""
-
-DYING_TIMEOUT = 2.0
-"""Seconds between a QEMU closing its sockets and its process being gone."""
-
-QMP_TIMEOUT = 5.0
-"""Seconds for a command that QEMU answers in a millisecond."""
 
 LOG_INTERVAL = 10.0
 """Seconds between looks at the size of QEMU's log."""
@@ -66,21 +67,13 @@ ENDINGS = {
 class QemuVm(Vm):
     """A running VM (see Vm). Its state is the process; this object holds descriptors and can be dropped any time."""
 
-    def __init__(
-        self,
-        sandbox_id: str,
-        directory: Path,
-        watched: WatchedProcess,
-        cgroups: CgroupTree,
-        output: VmmLog | None,
-    ) -> None:
-        self._sandbox_id = sandbox_id
-        self._directory = directory
+    def __init__(self, spec: VmSpec, watched: WatchedProcess, cgroups: CgroupTree, output: VmmLog | None) -> None:
+        self._spec = spec
         self._process = watched
         self._cgroups = cgroups
         self._output = output
         self._console = b""
-        self._control = trio.Lock()
+        self._control = QemuControl(spec.directory, watched)
         self._watch = trio.Lock()
         self._ending: str | None = None
 
@@ -89,21 +82,26 @@ class QemuVm(Vm):
         """Who to record, and to adopt later."""
         return self._process.identity
 
-    async def wait_ready(self) -> None:
-        """Wait until QEMU has built the machine and executes the guest. Raises VmStartFailed if it does not."""
+    async def wait_ready(self, state: int | None = None) -> None:
+        """Wait until QEMU has built the machine, and loaded the state behind a descriptor if there is one.
+
+        Raises VmStartFailed if it does not.
+        """
         answered = False
-        failure: QmpError | None = None
+        failure: VmmError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cancel_on_exit, nursery.cancel_scope)
             try:
-                async with qmp.connect(self._directory, CONTROL_SOCKET, timeout=math.inf) as client:
+                async with self._control.connect(timeout=math.inf) as client:
                     await client.execute("query-status", timeout=QMP_TIMEOUT)
+                    if state is not None:
+                        await self._load_state(client, state)
                 answered = True
                 nursery.cancel_scope.cancel()
             except QmpUnreachable as error:
                 failure = error
                 nursery.cancel_scope.deadline = trio.current_time() + DYING_TIMEOUT  # its exit says more
-            except QmpError as error:
+            except (QmpError, VmStartFailed) as error:
                 failure = error
                 nursery.cancel_scope.cancel()
         if answered:
@@ -111,7 +109,7 @@ class QemuVm(Vm):
         if self._process.has_exited():
             reason = f"QEMU {await self._process.wait()} at start"
         else:
-            reason = f"QEMU does not answer: {failure}"
+            reason = f"QEMU did not start: {failure}"
         raise VmStartFailed(reason + self.last_words()) from failure
 
     async def wait_exit(self) -> str:
@@ -127,23 +125,17 @@ class QemuVm(Vm):
         """See Vm."""
         if not self._process.has_exited():
             self._ending = self._ending or KILLED
-        with trio.move_on_after(KILL_TIMEOUT, shield=True):
-            self._process.kill()
-            await self._process.wait()
-        if not self._process.has_exited():
-            raise VmWillNotDie(f"QEMU (pid {self.process.pid}) is still there {KILL_TIMEOUT:g} s after SIGKILL")
-        with trio.move_on_after(KILL_TIMEOUT, shield=True):
-            await trio.to_thread.run_sync(self._cgroups.remove, self._sandbox_id)
+        await end(self._process, self._cgroups, self._spec.sandbox_id)
 
     async def console_tail(self) -> str:
         """See Vm."""
         if self._process.has_exited():
             return printable(self._console)
         try:
-            async with self._control, qmp.connect(self._directory, CONTROL_SOCKET, timeout=QMP_TIMEOUT) as client:
+            async with self._control.connect(timeout=QMP_TIMEOUT) as client:
                 await self._drain_console(client)
         except QmpError as error:
-            log.debug("console_unavailable", sandbox_id=self._sandbox_id, error=str(error))
+            log.debug("console_unavailable", sandbox_id=self._spec.sandbox_id, error=str(error))
         return printable(self._console)
 
     def statistics(self) -> VmStatistics | None:
@@ -152,36 +144,50 @@ class QemuVm(Vm):
 
     async def pause(self) -> None:
         """See Vm."""
-        raise NotImplementedError
+        await self._control.pause()
 
     async def resume(self) -> None:
         """See Vm."""
-        raise NotImplementedError
+        await self._control.resume()
 
     async def paused(self) -> bool:
         """See Vm."""
-        raise NotImplementedError
+        return await self._control.paused()
 
     async def save_state(self, target: Path, *, sync: bool = True) -> None:
         """See Vm."""
-        raise NotImplementedError(target, sync)
+        state = await self._control.save_state()
+        await trio.to_thread.run_sync(partial(qemu_state.write_state, target, state, sync=sync))
 
     async def pivot_disk(self, overlay: Path) -> None:
         """See Vm."""
-        raise NotImplementedError(overlay)
+        try:
+            os.chown(overlay, self._spec.uid, self._spec.gid, follow_symlinks=False)
+        except OSError as error:
+            raise VmCommandFailed(f"the disk cannot be pivoted: {error}") from error
+        await self._control.pivot_disk(overlay)
 
     async def disk_file(self) -> Path:
         """See Vm."""
-        raise NotImplementedError
+        return await self._control.disk_file()
 
     def memory(self) -> GuestMemory:
         """See Vm."""
-        raise NotImplementedError
+        memory = find_memory(self.process.pid, self._spec.memory_mb << 20)
+        if self._process.has_exited():  # and its pid may be another's by now
+            os.close(memory.fd)
+            raise VmGone("QEMU has ended")
+        return memory
 
     def last_words(self) -> str:
         """What QEMU itself said last, ready to be appended to a sentence."""
         tail = "" if self._output is None else last_lines(self._output.tail(), lines=5, characters=1000)
         return f"; it said: {tail}" if tail else ""
+
+    async def _load_state(self, client: QmpClient, state: int) -> None:
+        if not await trio.to_thread.run_sync(has_userfaultfd, self.process.pid):
+            raise VmStartFailed("QEMU's memory is not registered with userfaultfd: it would be empty")
+        await qemu_state.load(client, state)
 
     async def _cancel_on_exit(self, scope: trio.CancelScope) -> None:
         await self._process.wait()
@@ -194,11 +200,11 @@ class QemuVm(Vm):
                 try:
                     await self._wait_guest_end()
                 except QmpError as error:
-                    log.debug("guest_watch_failed", sandbox_id=self._sandbox_id, error=str(error))
+                    log.debug("guest_watch_failed", sandbox_id=self._spec.sandbox_id, error=str(error))
                 await trio.sleep(WATCH_RETRY)
 
     async def _wait_guest_end(self) -> None:
-        async with qmp.connect(self._directory, EVENTS_SOCKET, timeout=QMP_TIMEOUT) as client:
+        async with qmp.connect(self._spec.directory, EVENTS_SOCKET, timeout=QMP_TIMEOUT) as client:
             # It may have stopped before we looked, even before this agent started.
             status = (await client.execute("query-status", timeout=QMP_TIMEOUT))["status"]
             ending = GUEST_ENDED if status == "shutdown" else _ending(await client.wait_event("SHUTDOWN"))
@@ -224,7 +230,7 @@ class QemuVm(Vm):
 
     def _explain(self, ended: ProcessExit) -> str:
         if self._ending is None:
-            memory = ", out of memory" if self._cgroups.was_out_of_memory(self._sandbox_id) else ""
+            memory = ", out of memory" if self._cgroups.was_out_of_memory(self._spec.sandbox_id) else ""
             return f"QEMU {ended}{memory}{self.last_words()}"
         if self._ending == KILLED:
             return self._ending
@@ -233,6 +239,18 @@ class QemuVm(Vm):
             return f"{ENDINGS['guest-panic']}: {text[panic : panic + 300].splitlines()[0]}"
         console = last_lines(text, lines=3, characters=300)
         return f"{self._ending}; its console ends: {console}" if console else self._ending
+
+
+async def end(process: WatchedProcess, cgroups: CgroupTree, sandbox_id: str) -> None:
+    """Kill a QEMU and remove its control group; see Vm.kill. Raises VmWillNotDie."""
+    with trio.move_on_after(KILL_TIMEOUT, shield=True):
+        process.kill()
+        await process.wait()
+    if not process.has_exited():
+        pid = process.identity.pid
+        raise VmWillNotDie(f"QEMU (pid {pid}) is still there {KILL_TIMEOUT:g} s after SIGKILL")
+    with trio.move_on_after(KILL_TIMEOUT, shield=True):
+        await trio.to_thread.run_sync(cgroups.remove, sandbox_id)
 
 
 def _ending(event: dict[str, Any]) -> str | None:

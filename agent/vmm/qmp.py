@@ -6,8 +6,10 @@ bounded, and every command has a deadline: a hung QEMU costs the caller a QmpTim
 
 from __future__ import annotations
 
+import array
 import itertools
 import os
+import socket
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,15 +79,36 @@ class QmpClient:
 
     async def execute(self, command: str, *, timeout: float, **arguments: object) -> Any:  # noqa: ASYNC109 - raises ours
         """Send a command and return its result. Raises QmpError; `timeout` in seconds, for both ways."""
+        return await self._execute(command, arguments, timeout=timeout)
+
+    async def _execute(
+        self,
+        command: str,
+        arguments: dict[str, object],
+        *,
+        timeout: float,  # noqa: ASYNC109 - raises ours
+        descriptor: int | None = None,
+    ) -> Any:
         number = next(self._ids)
         request = {"execute": command, "arguments": arguments, "id": number}
         with _within(timeout, command), _connection_failures():
-            await self._stream.send_all(msgspec.json.encode(request) + b"\n")
+            await self._send(msgspec.json.encode(request) + b"\n", descriptor)
             while (line := _decode(await self._receive_line())).id != number:
                 pass  # events, and nothing else: they are for wait_event's connection
         if line.error is not None:
             raise QmpRefused(command, line.error.kind, line.error.description)
         return line.value
+
+    async def _send(self, request: bytes, descriptor: int | None) -> None:
+        sent = 0
+        if descriptor is not None:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))
+            sent = await self._stream.socket.sendmsg([request], [rights])
+        await self._stream.send_all(request[sent:])
+
+    async def give(self, name: str, descriptor: int, *, timeout: float) -> None:  # noqa: ASYNC109 - raises ours
+        """Hand a descriptor to QEMU, which calls it `name` from now on. Ours stays ours. Raises QmpError."""
+        await self._execute("getfd", {"fdname": name}, timeout=timeout, descriptor=descriptor)
 
     async def wait_event(self, name: str) -> dict[str, Any]:
         """Wait for an event, without a deadline, and return its data.

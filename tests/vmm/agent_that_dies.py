@@ -15,15 +15,15 @@ from agent.vmm.cgroup import CgroupTree
 from agent.vmm.driver import VmSpec
 from agent.vmm.qemu import QemuDriver
 from agent.vmm.qemu_command import Accelerator
+from agent.vmm.qemu_launch import Launcher
 
 
 async def main() -> None:
     spec, accelerator, parent = msgspec.json.decode(
         sys.stdin.buffer.read(), type=tuple[VmSpec, Accelerator, str], dec_hook=convert
     )
-    driver = QemuDriver(
-        binary=Path("/usr/bin/qemu-system-x86_64"), accelerator=accelerator, cgroups=CgroupTree.detect(parent)
-    )
+    launcher = Launcher(binary=Path("/usr/bin/qemu-system-x86_64"), accelerator=accelerator)
+    driver = QemuDriver(launcher, version="0", cgroups=CgroupTree.detect(parent))
     vm = await driver.boot(spec)
     print(msgspec.json.encode(vm.process).decode(), flush=True)  # noqa: T201
     async with trio.open_nursery() as nursery:

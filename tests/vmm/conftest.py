@@ -24,6 +24,8 @@ from agent.vmm.driver import VmSpec
 from agent.vmm.fake import FakeVmDriver
 from agent.vmm.process import processes
 from agent.vmm.qemu import QemuDriver, detect_qemu
+from agent.vmm.qemu_launch import Launcher
+from agent.vmm.shim.build import find_shim
 
 IMAGES = Path(os.environ.get("CAPSULE_AGENT_IMAGES", "/var/lib/capsule/images"))
 
@@ -172,11 +174,19 @@ def boot_files(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def accelerator():
+def shim_directory():
+    """Where the preloaded library is built. Not tmp_path: a VM's user could not reach what lies in there."""
+    with tempfile.TemporaryDirectory(prefix="capsule-shim-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def accelerator(shim_directory):
     """What this machine runs guests with, found out once."""
     if shutil.which("qemu-system-x86_64") is None:
         pytest.skip("QEMU is not installed (apt-get install qemu-system-x86)")
-    return trio.run(detect_qemu)._accelerator
+    return trio.run(detect_qemu, "capsule", shim_directory)._launcher.accelerator
 
 
 @pytest.fixture
@@ -192,9 +202,11 @@ def root():
 
 
 @pytest.fixture
-async def qemu(boot_files, accelerator, root):
+async def qemu(boot_files, accelerator, root, shim_directory):
     cgroups = CgroupTree.detect(f"capsule-test-{os.getpid()}")
-    driver = QemuDriver(binary=Path(shutil.which("qemu-system-x86_64")), accelerator=accelerator, cgroups=cgroups)
+    binary = Path(shutil.which("qemu-system-x86_64"))
+    launcher = Launcher(binary=binary, accelerator=accelerator, shim=find_shim(shim_directory))
+    driver = QemuDriver(launcher, version="0", cgroups=cgroups)
     bench = QemuBench(driver, root, boot_files, cgroups)
     yield bench
     await bench.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.vmm.driver import VmSpec
-from agent.vmm.qemu_command import Accelerator, qemu_command
+from agent.vmm.qemu_command import Accelerator, Inherited, qemu_command
 
 SPEC = VmSpec(
     sandbox_id="sb1",
@@ -30,8 +30,9 @@ SPEC = VmSpec(
 TCG = Accelerator("tcg", tsc_khz=2_600_000)
 
 
-def command(spec=SPEC, accelerator=TCG):
-    return qemu_command(spec, binary=Path("/usr/bin/qemu"), accelerator=accelerator, control_fd=5, events_fd=6)
+def command(spec=SPEC, accelerator=TCG, chain=(), **options):
+    inherited = Inherited(control=5, events=6, chain=chain)
+    return qemu_command(spec, binary=Path("/usr/bin/qemu"), accelerator=accelerator, inherited=inherited, **options)
 
 
 def values(command, option):

@@ -1,0 +1,1 @@
+"""The library preloaded into QEMU that registers its guest's memory with userfaultfd, and its build."""
