@@ -274,6 +274,66 @@ def running() -> Callable[[int], bool]:
     return is_running
 
 
+class ControlGroup:
+    """The group in which a daemon keeps what it starts, seen through the daemon's own mount."""
+
+    def __init__(self, guest: Guest, mount: Path, name: str) -> None:
+        # Stays after the daemon's end, when nothing else reaches its mount any more.
+        self._mount = os.open(f"/proc/{guest.pid}/root{mount}", os.O_RDONLY | os.O_DIRECTORY)
+        self.path = Path(f"/proc/self/fd/{self._mount}") / name
+
+    def frozen(self) -> bool:
+        return "frozen 1" in (self.path / "cgroup.events").read_text()
+
+    def pids(self) -> set[int]:
+        files = self.path.rglob("cgroup.procs")
+        return {int(pid) for file in files for pid in file.read_text().split()}
+
+    def remove(self) -> None:
+        """Kill what is left in it and remove it, if that has not been done."""
+        if self.path.exists():
+            (self.path / "cgroup.freeze").write_text("0")
+            (self.path / "cgroup.kill").write_text("1")
+            wait_until(lambda: "populated 0" in (self.path / "cgroup.events").read_text(), "the group is empty")
+            for directory in sorted(self.path.glob("**/"), reverse=True):
+                directory.rmdir()
+        os.close(self._mount)
+
+
+@pytest.fixture
+def start_settling(
+    daemon_binary: Path, start_guest: Callable[..., Guest], tmp_path: Path
+) -> Iterator[Callable[..., tuple[Guest, ControlGroup]]]:
+    """Start daemons that have a control group each, in a private mount of the machine's cgroup2 file system."""
+    if os.geteuid() != 0:
+        pytest.skip("control groups need root")
+    mount = tmp_path / "control-groups"
+    mount.mkdir()
+    script = ("sh", "-c", 'mount -t cgroup2 none "$0" && exec "$@"', str(mount))
+    if subprocess.run(["unshare", "-m", *script, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("no control groups v2 on this machine")
+    groups: list[ControlGroup] = []
+
+    def start(
+        *arguments: str, binary: Path = daemon_binary, prefix: tuple[str, ...] = ()
+    ) -> tuple[Guest, ControlGroup]:
+        name = f"capsule-test-{os.getpid()}-{len(groups)}"
+        command = ("unshare", "-m", *prefix, *script)
+        guest = start_guest("--cgroup", str(mount / name), *arguments, binary=binary, prefix=command)
+        groups.append(ControlGroup(guest, mount, name))
+        return guest, groups[-1]
+
+    yield start
+    for group in groups:
+        group.remove()
+
+
+@pytest.fixture
+def settling(start_settling: Callable[..., tuple[Guest, ControlGroup]]) -> tuple[Guest, ControlGroup]:
+    """A daemon with a control group."""
+    return start_settling()
+
+
 @pytest.fixture
 def start_guest(daemon_binary: Path) -> Iterator[Callable[..., Guest]]:
     """Start further daemons, with arguments."""

@@ -21,6 +21,8 @@ METHODS = [
     "configure",
     "info",
     "sync",
+    "settle",
+    "thaw",
     "exec",
     "processes.list",
     "processes.signal",
@@ -60,10 +62,33 @@ class Fuzz:
         """Often sensible, so that deep code is reached too. Never a path outside `root` that could be removed."""
         rng = self.rng
         body = {}
-        for key in ("args", "envs", "cwd", "user", "stdin", "timeout_ms", "background", "tag", "offset", "length"):
+        for key in (
+            "args",
+            "envs",
+            "cwd",
+            "user",
+            "stdin",
+            "timeout_ms",
+            "background",
+            "tag",
+            "offset",
+            "length",
+            "thaw_after_ms",
+        ):
             if rng.random() < 0.15:
                 body[key] = self.value()
-        for key in ("size", "mode", "depth", "signal", "hostname", "dns", "entropy", "time_ns", "process"):
+        for key in (
+            "size",
+            "mode",
+            "depth",
+            "signal",
+            "hostname",
+            "dns",
+            "entropy",
+            "time_ns",
+            "process",
+            "machine_id",
+        ):
             if rng.random() < 0.1:
                 body[key] = self.value()
         if rng.random() < 0.9:

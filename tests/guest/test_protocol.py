@@ -221,7 +221,7 @@ def test_unknown_method(client):
 def test_info(client):
     """Who serves, and since when."""
     reply = client.call("info").reply
-    assert reply.keys() == {"version", "boot_ns", "uptime_ns", "processes"}
+    assert reply.keys() == {"version", "boot_ns", "uptime_ns", "processes", "frozen"}
     assert len(reply["version"]) == 12
     assert 0 < reply["boot_ns"] <= reply["uptime_ns"]
     assert reply["processes"] == 0

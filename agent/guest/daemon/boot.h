@@ -25,6 +25,8 @@ void boot_settings(struct BootSettings *settings);
 void boot_switch_root(const struct BootSettings *settings);
 /* system.c: the mounts and links every Linux program expects. */
 void boot_late_mounts(void);
+/* control_groups.c: the group of freezer.h, and a namespace in which it is the root. A guest can do without. */
+void boot_control_groups(void);
 /* network.c */
 void boot_network(const struct BootSettings *settings);
 

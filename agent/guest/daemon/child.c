@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -12,6 +13,7 @@
 #include <unistd.h>
 
 #include "guest_limits.h"
+#include "loop.h"
 
 #define FIRST_FREE_FD 10
 
@@ -27,21 +29,21 @@ static void close_from(unsigned first) {
     }
 }
 
-static void place_descriptors(const int fds[4]) {
-    int high[4];
-    for (int i = 0; i < 4; i++) { /* out of the way first: the targets may be among the sources */
+static void place_descriptors(const int *fds, int count) {
+    int high[EXTRA_FD + 1];
+    for (int i = 0; i < count; i++) { /* out of the way first: the targets may be among the sources */
         high[i] = fcntl(fds[i], F_DUPFD, FIRST_FREE_FD);
         if (high[i] < 0) {
             _exit(126);
         }
     }
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < count; i++) {
         if (dup2(high[i], i) < 0) {
             _exit(126);
         }
     }
     fcntl(CONTROL_FD, F_SETFD, FD_CLOEXEC);
-    close_from(CONTROL_FD + 1);
+    close_from((unsigned)count);
 }
 
 static void reset_signals(void) {
@@ -53,9 +55,9 @@ static void reset_signals(void) {
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-void child_enter(const int fds[4]) {
+void child_enter(const int *fds, int count) {
     setsid();
-    place_descriptors(fds);
+    place_descriptors(fds, count);
     reset_signals();
     umask(022);
     /* The daemon is exempt from the OOM killer, what it starts is not. */
@@ -154,6 +156,17 @@ bool worker_committed(void) {
         count = recv(CONTROL_FD, &kind, 1, 0);
     } while (count < 0 && errno == EINTR);
     return count == 1 && kind == RECORD_COMMIT;
+}
+
+bool worker_wait(int fd, short events, uint64_t deadline) {
+    for (;;) {
+        uint64_t now = clock_monotonic_ns();
+        struct pollfd wait = {.fd = fd, .events = events};
+        int ready = poll(&wait, 1, deadline > now ? (int)((deadline - now + 999999) / 1000000) : 0);
+        if (ready > 0 || (ready < 0 && errno != EINTR) || now >= deadline) {
+            return ready > 0;
+        }
+    }
 }
 
 bool write_all(int fd, const void *data, size_t count) {

@@ -1,7 +1,7 @@
 /* What runs on the child's side of a fork, and the records by which it talks to the loop.
  *
  * A child has four descriptors: 0 content or stdin, 1 content or stdout, 2 stderr, CONTROL_FD a SOCK_SEQPACKET socket on
- * which every message is one record: a kind and its payload.
+ * which every message is one record: a kind and its payload. Some are given one more, EXTRA_FD.
  */
 #ifndef CAPSULE_CHILD_H
 #define CAPSULE_CHILD_H
@@ -9,6 +9,7 @@
 #include "bytes.h"
 
 #define CONTROL_FD 3
+#define EXTRA_FD 4
 
 enum Record {
     RECORD_STARTED = 'S',   /* exec only, just before execve: user NUL cwd NUL */
@@ -19,8 +20,8 @@ enum Record {
     RECORD_COMMIT = 'C',    /* to the child: END has come, the content is whole */
 };
 
-/* Make the calling child ready: descriptors, signals, session, OOM score. */
-void child_enter(const int fds[4]);
+/* Make the calling child ready: descriptors (the first `count` of the above), signals, session, OOM score. */
+void child_enter(const int *fds, int count);
 
 void worker_record(enum Record kind, struct Slice payload);
 void worker_notice(const struct Bytes *body);
@@ -33,6 +34,8 @@ bool worker_committed(void);
 /* Called by worker_fault before it reports: undo what must not stay. */
 extern void (*worker_cleanup)(void);
 
+/* Wait for `events` (poll.h) of a descriptor; false when there were none until `deadline` (clock_monotonic_ns). */
+bool worker_wait(int fd, short events, uint64_t deadline);
 /* Write everything to a blocking descriptor; false with errno set. */
 bool write_all(int fd, const void *data, size_t count);
 

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -15,6 +16,7 @@
 #include "guest_limits.h"
 #include "methods.h"
 #include "pack.h"
+#include "settle.h"
 
 /* <linux/random.h>, which musl's compiler wrapper does not find. */
 #define RNDADDENTROPY _IOW('R', 0x03, int[2])
@@ -25,11 +27,14 @@ struct EntropyPool {
     uint8_t buf[MAX_ENTROPY_BYTES];
 };
 
+#define DBUS_MACHINE_ID "/var/lib/dbus/machine-id"
+
 struct Configure {
     struct Slice hostname;
     struct Slice dns;
     struct Slice envs;
     struct Slice entropy;
+    struct Slice machine_id;
     struct Integer time_ns;
 };
 
@@ -44,34 +49,73 @@ struct Slice configure_envs(void) {
 
 /* --- in the child ------------------------------------------------------------------------------------------- */
 
-/* Replaced, not written through: either may be a symbolic link that leads to a daemon which is not there. */
-static void replace(const char *path, const struct Bytes *content) {
+/* What could not be written: told, and no reason to leave a guest frozen whose disk is full. */
+static struct Bytes failures;
+static size_t failure_count;
+
+static bool is_regular(const char *path, struct stat *status) {
+    return lstat(path, status) == 0 && S_ISREG(status->st_mode);
+}
+
+/* A resumed guest mostly is who it was: nothing to write, and a full disk does not matter. */
+static bool holds(const char *path, const struct Bytes *content) {
+    char old[READ_BYTES / 16];
+    struct stat status;
+    if (!is_regular(path, &status) || (size_t)status.st_size != content->length || content->length > sizeof old) {
+        return false;
+    }
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    ssize_t count = fd >= 0 ? read(fd, old, sizeof old) : -1;
+    if (fd >= 0) {
+        close(fd);
+    }
+    return count == (ssize_t)content->length && memcmp(old, content->data, content->length) == 0;
+}
+
+/* Replaced, not written through: it may be a symbolic link that leads to a daemon which is not there. */
+static bool write_new(const char *path, const struct Bytes *content) {
     char temporary[64];
     snprintf(temporary, sizeof temporary, "%s.capsule", path);
     unlink(temporary);
     int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
     if (fd < 0) {
-        if (errno == ENOENT) {
-            return; /* an image without /etc has nobody who would read it */
-        }
-        worker_errno(errno, path);
+        return errno == ENOENT; /* an image without /etc has nobody who would read it */
     }
-    if (content->failed || !write_all(fd, content->data, content->length) || rename(temporary, path) != 0) {
-        int reason = errno;
-        unlink(temporary);
-        worker_errno(reason, path);
-    }
+    bool written = !content->failed && write_all(fd, content->data, content->length) && rename(temporary, path) == 0;
     close(fd);
+    if (!written) {
+        unlink(temporary);
+    }
+    return written;
+}
+
+static void replace(const char *path, const struct Bytes *content) {
+    if (!holds(path, content) && !write_new(path, content)) {
+        pack_string(&failures, path);
+        failure_count++;
+    }
+}
+
+static void write_line(const char *path, struct Slice text) {
+    struct Bytes content = {0};
+    bytes_append(&content, text.data, text.length);
+    bytes_append(&content, "\n", 1);
+    replace(path, &content);
 }
 
 static void apply_hostname(struct Slice hostname) {
     if (sethostname((const char *)hostname.data, hostname.length) != 0) {
         worker_fault("permission_denied", "cannot set the host name: %s", strerror(errno));
     }
-    struct Bytes content = {0};
-    bytes_append(&content, hostname.data, hostname.length);
-    bytes_append(&content, "\n", 1);
-    replace("/etc/hostname", &content);
+    write_line("/etc/hostname", hostname);
+}
+
+static void apply_machine_id(struct Slice machine_id) {
+    struct stat status;
+    write_line("/etc/machine-id", machine_id);
+    if (is_regular(DBUS_MACHINE_ID, &status)) { /* mostly a link to the other, or not there */
+        write_line(DBUS_MACHINE_ID, machine_id);
+    }
 }
 
 static void apply_dns(struct Slice dns) {
@@ -117,11 +161,19 @@ static void run(const void *argument) {
         if (configure->hostname.data != NULL) {
             apply_hostname(configure->hostname);
         }
+        if (configure->machine_id.data != NULL) {
+            apply_machine_id(configure->machine_id);
+        }
         if (configure->dns.data != NULL) {
             apply_dns(configure->dns);
         }
     }
-    pack_map(&body, 0);
+    pack_map(&body, failure_count > 0);
+    if (failure_count > 0) {
+        pack_string(&body, "failed");
+        pack_array(&body, failure_count);
+        bytes_append(&body, failures.data, failures.length);
+    }
     worker_reply(&body);
 }
 
@@ -136,6 +188,19 @@ static bool is_hostname(struct Slice name) {
         }
     }
     return name.length > 0;
+}
+
+/* machine-id(5) */
+static bool is_machine_id(struct Slice id) {
+    bool zero = true;
+    for (size_t i = 0; i < id.length; i++) {
+        uint8_t c = id.data[i];
+        if (!((c >= '0' && c <= '9') || (c >= 'a' && c <= 'f'))) {
+            return false;
+        }
+        zero &= c == '0';
+    }
+    return id.length == MACHINE_ID_CHARS && !zero;
 }
 
 static bool are_addresses(struct Slice dns) {
@@ -160,6 +225,7 @@ static bool read_configure(struct Slice body, struct Configure *configure, char 
         {.name = "dns", .type = FIELD_STRINGS, .target = &configure->dns, .high = MAX_NAMESERVERS},
         {.name = "envs", .type = FIELD_ENVS, .target = &configure->envs, .high = MAX_ENVS},
         {.name = "time_ns", .type = FIELD_INTEGER, .target = &configure->time_ns, .low = 0, .high = INT64_MAX},
+        {.name = "machine_id", .type = FIELD_STRING, .target = &configure->machine_id, .high = MACHINE_ID_CHARS},
         {.name = "entropy", .type = FIELD_BINARY, .target = &configure->entropy, .high = MAX_ENTROPY_BYTES},
     };
     if (!fields_read(body, fields, sizeof fields / sizeof *fields, error)) {
@@ -170,6 +236,8 @@ static bool read_configure(struct Slice body, struct Configure *configure, char 
         wrong = "hostname must be made of letters, digits, '-' and '.'";
     } else if (!are_addresses(configure->dns)) {
         wrong = "dns must hold IP addresses";
+    } else if (configure->machine_id.data != NULL && !is_machine_id(configure->machine_id)) {
+        wrong = "machine_id must be 32 lower-case hex digits, not all zero";
     } else if (configure->envs.length > MAX_DEFAULT_ENVS_BYTES) {
         wrong = "envs are larger than 128 KiB";
     }
@@ -177,6 +245,12 @@ static bool read_configure(struct Slice body, struct Configure *configure, char 
         strcpy(error, wrong);
     }
     return wrong == NULL;
+}
+
+static void configure_finished(struct Job *job, bool answered) {
+    if (answered) {
+        settle_resume(job->owner);
+    }
 }
 
 void configure_open(struct Connection *connection, const struct Frame *open) {
@@ -196,6 +270,7 @@ void configure_open(struct Connection *connection, const struct Frame *open) {
         bytes_free(&default_envs);
         default_envs = envs;
     }
-    const struct Spawn spawn = {.kind = JOB_OPERATION, .run = run, .argument = &configure};
+    const struct Spawn spawn = {
+        .kind = JOB_SYSTEM, .finished = configure_finished, .run = run, .argument = &configure};
     job_spawn(connection, open, &spawn);
 }

@@ -141,7 +141,7 @@ static void send_bytes(struct Connection *connection) {
     while (out->length > 0 && !out->failed) {
         ssize_t count = send(connection->socket.fd, bytes_front(out), out->length, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (count < 0) {
-            connection->broken = errno != EAGAIN && errno != EINTR;
+            connection->broken |= errno != EAGAIN && errno != EINTR;
             break;
         }
         bytes_consume(out, (size_t)count);
@@ -216,6 +216,27 @@ uint64_t connections_deadline(void) {
         }
     }
     return deadline;
+}
+
+void connections_remember(void) {
+    for (struct Connection *connection = connections; connection != NULL; connection = connection->next) {
+        connection->remembered = true;
+    }
+}
+
+void connections_forget(void) {
+    for (struct Connection *connection = connections; connection != NULL; connection = connection->next) {
+        connection->remembered = false;
+    }
+}
+
+void connections_end_remembered(const struct Connection *keep) {
+    for (struct Connection *connection = connections; connection != NULL; connection = connection->next) {
+        if (connection->remembered && connection != keep) {
+            connection->broken = true;
+            jobs_abandon(connection);
+        }
+    }
 }
 
 /* --- accepting ---------------------------------------------------------------------------------------------- */

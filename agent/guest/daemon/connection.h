@@ -23,6 +23,7 @@ struct Connection {
     uint32_t last_stream;
     unsigned streams;
     bool greeted;
+    bool remembered; /* open when the guest was settled */
     bool broken; /* closed by the next connections_settle */
 };
 
@@ -31,6 +32,12 @@ uint16_t connections_listen(struct in_addr address, uint16_t port, struct in_add
 /* Send what is queued, decode what had to wait, close what is broken. True when another turn is due at once. */
 bool connections_settle(void);
 uint64_t connections_deadline(void);
+
+/* The guest was settled: if it goes on somewhere else, the peers of today's connections stay behind. */
+void connections_remember(void);
+void connections_forget(void);
+/* It went on somewhere else, and `keep` reaches it there: kill what the remembered others own, and close them. */
+void connections_end_remembered(const struct Connection *keep);
 
 /* Too much output waits: nothing more is read for this connection. */
 bool connection_congested(const struct Connection *connection);

@@ -26,6 +26,8 @@
 #define MAX_FOREGROUND 64
 #define MAX_BACKGROUND 64
 #define MAX_OPERATIONS 64
+/* settle, configure: they must work while 64 others wait for a dead disk, and may themselves be stuck in one. */
+#define MAX_SYSTEM 8
 
 /* Above this nothing more is read for a connection, neither from it nor from its children: a reader that stalls
  * costs this much, one DATA frame and one reply. */
@@ -50,6 +52,15 @@
 /* A killed child stuck in the kernel (dead disk) is answered for after this. */
 #define KILL_PATIENCE_NS (5ULL * 1000000000ULL)
 
+/* settle, when the host does not say: half of the first is for freezing, half for sync(2). The second is long for
+ * copying what changed in a large memory (the clock stands still then), and short for a guest that was forgotten. */
+#define SETTLE_TIMEOUT_MS 3000
+#define SETTLE_THAW_AFTER_MS 60000
+
+/* Groups that are tried for a new process when the user has made the one of before unusable. */
+#define MAX_START_GROUPS 4
+
+#define MACHINE_ID_CHARS 32
 #define MAX_PATH_BYTES 4096
 #define MAX_TAG_BYTES 128
 #define MAX_USER_BYTES 128

@@ -26,7 +26,12 @@ void job_kill(const struct Job *job, int signal) {
 }
 
 /* Nobody waits any more: what still runs is of no use. */
-static void detach(struct Job *job) {
+static void detach(struct Job *job, bool answered) {
+    void (*finished)(struct Job *, bool) = job->finished;
+    job->finished = NULL;
+    if (finished != NULL) {
+        finished(job, answered);
+    }
     if (job->owner != NULL) {
         job->owner->streams--;
         job->owner = NULL;
@@ -39,7 +44,7 @@ static void detach(struct Job *job) {
 void job_fault(struct Job *job, const char *code, const char *message) {
     if (job->owner != NULL) {
         connection_fault(job->owner, job->stream, code, "%s", message);
-        detach(job);
+        detach(job, false);
     }
 }
 
@@ -49,7 +54,7 @@ void job_reply(struct Job *job, const struct Bytes *body) {
     }
     connection_reply(job->owner, job->stream, body);
     if (job->kind != JOB_BACKGROUND) {
-        detach(job);
+        detach(job, true);
         return;
     }
     job->owner->streams--;
@@ -61,14 +66,14 @@ void job_reply(struct Job *job, const struct Bytes *body) {
 void jobs_abandon(const struct Connection *connection) {
     for (struct Job *job = jobs; job != NULL; job = job->next) {
         if (job->owner == connection) {
-            detach(job);
+            detach(job, false);
         }
     }
 }
 
 void jobs_abandon_all(void) {
     for (struct Job *job = jobs; job != NULL; job = job->next) {
-        detach(job);
+        detach(job, false);
     }
 }
 

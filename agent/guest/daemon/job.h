@@ -17,6 +17,7 @@ enum JobKind {
     JOB_FOREGROUND, /* an exec */
     JOB_BACKGROUND, /* an exec that outlives its stream */
     JOB_OPERATION,  /* anything that may touch a file system */
+    JOB_SYSTEM,     /* the same, for the host's own purposes */
     JOB_CLEANUP,    /* removes what a killed operation left */
 };
 
@@ -69,6 +70,10 @@ struct Job {
     uint64_t patience; /* when a killed child that does not die is answered for */
     bool timed_out;
 
+    /* Called once, when the last frame was queued or nobody waits for it any more; `answered`: it was a REPLY. Not for
+     * execs. */
+    void (*finished)(struct Job *job, bool answered);
+
     struct Bytes result; /* of RECORD_REPLY */
     bool replied;
     char *temporary; /* of RECORD_TEMPORARY */
@@ -82,8 +87,10 @@ struct Spawn {
     bool input;  /* a pipe to descriptor 0, else /dev/null */
     bool output; /* a pipe from descriptor 1 */
     bool errors; /* a pipe from descriptor 2 */
+    int extra;   /* what the child has as EXTRA_FD; 0: nothing */
     void (*run)(const void *argument); /* in the child; does not return */
     const void *argument;
+    void (*finished)(struct Job *job, bool answered); /* see Job; may be NULL */
 };
 
 /* job_spawn.c: take the descriptors children get for what they do not use; call once. False when /dev/null cannot be opened. */

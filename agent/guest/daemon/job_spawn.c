@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "child.h"
+#include "freezer.h"
 #include "guest_limits.h"
 #include "job.h"
 
@@ -18,11 +19,14 @@ bool jobs_open(void) {
     return null_fd >= 0;
 }
 
+static bool is_user(enum JobKind kind) { return kind == JOB_FOREGROUND || kind == JOB_BACKGROUND; }
+
 static const char *refusal(enum JobKind kind) {
     static const unsigned limits[] = {
         [JOB_FOREGROUND] = MAX_FOREGROUND,
         [JOB_BACKGROUND] = MAX_BACKGROUND,
         [JOB_OPERATION] = MAX_OPERATIONS,
+        [JOB_SYSTEM] = MAX_SYSTEM,
         [JOB_CLEANUP] = MAX_OPERATIONS,
     };
     unsigned running = 0;
@@ -32,7 +36,7 @@ static const char *refusal(enum JobKind kind) {
     if (running < limits[kind]) {
         return NULL;
     }
-    return kind == JOB_FOREGROUND || kind == JOB_BACKGROUND ? "too_many_processes" : "busy";
+    return is_user(kind) ? "too_many_processes" : "busy";
 }
 
 /* `ends[0]` is the parent's, `ends[1]` the child's. A pipe the spawn does not ask for is /dev/null for the child. */
@@ -71,20 +75,28 @@ static void close_ends(const struct Ends *ends, int side) {
     close_end(ends->control[side]);
 }
 
+static _Noreturn void run_child(const struct Spawn *spawn, int extra) {
+    if (is_user(spawn->kind) && extra > 0 && !freezer_join(EXTRA_FD)) {
+        worker_fault("invalid_state", "the sandbox stands still and cannot take a process");
+    }
+    spawn->run(spawn->argument);
+    _exit(1);
+}
+
 static pid_t start_child(const struct Spawn *spawn, struct Ends *ends) {
     *ends = (struct Ends){{-1, -1}, {-1, -1}, {-1, -1}, {-1, -1}};
     pid_t pid = -1;
+    int extra = spawn->extra;
     if (make_pipe(ends->in, spawn->input, 1) && make_pipe(ends->out, spawn->output, 0) &&
         make_pipe(ends->errors, spawn->errors, 0) &&
         socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends->control) == 0) {
         fflush(NULL);
-        pid = fork();
+        pid = is_user(spawn->kind) ? freezer_fork(&extra) : fork();
     }
     if (pid == 0) {
-        const int fds[4] = {ends->in[1], ends->out[1], ends->errors[1], ends->control[1]};
-        child_enter(fds);
-        spawn->run(spawn->argument);
-        _exit(1);
+        const int fds[] = {ends->in[1], ends->out[1], ends->errors[1], ends->control[1], extra};
+        child_enter(fds, extra > 0 ? EXTRA_FD + 1 : EXTRA_FD);
+        run_child(spawn, extra);
     }
     close_ends(ends, 1);
     if (pid < 0) {
@@ -151,6 +163,7 @@ struct Job *job_spawn(struct Connection *owner, const struct Frame *open, const 
         return NULL;
     }
     job->pid = pid;
+    job->finished = spawn->finished;
     attach(job, &ends);
     if (owner != NULL) {
         owner->streams++;

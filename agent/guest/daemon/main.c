@@ -17,8 +17,10 @@
 
 #include "boot.h"
 #include "connection.h"
+#include "freezer.h"
 #include "job.h"
 #include "methods.h"
+#include "settle.h"
 
 #define SERVICE_PORT 5000
 
@@ -56,11 +58,15 @@ static void serve_until_stopped(void) {
     bool again = true;
     while (!stop_asked) {
         uint64_t deadline = jobs_deadline();
-        uint64_t connections = connections_deadline();
-        loop_turn(again ? 0 : connections < deadline ? connections : deadline);
+        uint64_t others[] = {connections_deadline(), settle_deadline()};
+        for (size_t i = 0; i < sizeof others / sizeof *others; i++) {
+            deadline = others[i] < deadline ? others[i] : deadline;
+        }
+        loop_turn(again ? 0 : deadline);
         jobs_reap();
         again = connections_settle();
         jobs_advance();
+        settle_advance();
         again |= connections_settle();
         jobs_watch();
     }
@@ -75,6 +81,7 @@ static void run_guest(void) {
     boot_settings(&settings);
     boot_switch_root(&settings);
     boot_late_mounts();
+    boot_control_groups();
     boot_network(&settings);
     configure_system_changes(true);
     if (!loop_open() || !jobs_open() || !open_signals()) {
@@ -96,6 +103,7 @@ struct Options {
     struct in_addr host;
     uint16_t port;
     struct in_addr peer;
+    const char *cgroup;
     bool root_check;
     bool serve;
 };
@@ -122,6 +130,10 @@ static bool parse_option(const char *name, const char *value, struct Options *op
     if (strcmp(name, "--peer") == 0) {
         return inet_pton(AF_INET, value, &options->peer) == 1;
     }
+    if (strcmp(name, "--cgroup") == 0) {
+        options->cgroup = value;
+        return true;
+    }
     bool on = strcmp(value, "on") == 0;
     if (strcmp(name, "--root-check") == 0) {
         options->root_check = on;
@@ -136,6 +148,10 @@ static bool parse_option(const char *name, const char *value, struct Options *op
 static int serve(const struct Options *options) {
     if (options->root_check && geteuid() != 0) {
         fputs("capsule-guest: run it as root, or with --root-check off (it can then only run programs as you)\n", stderr);
+        return 1;
+    }
+    if (options->cgroup != NULL && !freezer_open(options->cgroup)) {
+        fprintf(stderr, "capsule-guest: control group %s: %s\n", options->cgroup, strerror(errno));
         return 1;
     }
     /* Orphans come to us as they do to PID 1. */
@@ -169,7 +185,8 @@ int main(int count, char **arguments) {
         }
     }
     if (!options.serve) {
-        fputs("usage: capsule-guest --serve HOST:PORT [--peer ADDRESS] [--root-check on|off] [--system-changes on|off]\n",
+        fputs("usage: capsule-guest --serve HOST:PORT [--peer ADDRESS] [--cgroup DIRECTORY] [--root-check on|off]"
+              " [--system-changes on|off]\n",
               stderr);
         return 2;
     }

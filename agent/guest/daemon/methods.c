@@ -3,8 +3,10 @@
 #include <unistd.h>
 
 #include "child.h"
+#include "freezer.h"
 #include "job.h"
 #include "pack.h"
+#include "settle.h"
 
 #ifndef CAPSULE_VERSION
 #define CAPSULE_VERSION "unversioned"
@@ -17,7 +19,7 @@ uint64_t info_boot_ns(void) { return boot_ns; }
 
 static void info_open(struct Connection *connection, const struct Frame *open) {
     struct Bytes body = {0};
-    pack_map(&body, 4);
+    pack_map(&body, 5);
     pack_string(&body, "version");
     pack_string(&body, CAPSULE_VERSION);
     pack_string(&body, "boot_ns");
@@ -26,6 +28,8 @@ static void info_open(struct Connection *connection, const struct Frame *open) {
     pack_integer(&body, (int64_t)clock_boot_ns());
     pack_string(&body, "processes");
     pack_integer(&body, processes_count());
+    pack_string(&body, "frozen");
+    pack_bool(&body, freezer_active());
     connection_reply(connection, open->stream, &body);
     bytes_free(&body);
 }
@@ -50,6 +54,8 @@ static const struct {
     {"exec", exec_open},
     {"info", info_open},
     {"sync", sync_open},
+    {"settle", settle_open},
+    {"thaw", thaw_open},
     {"configure", configure_open},
     {"processes.list", processes_list_open},
     {"processes.signal", processes_signal_open},
