@@ -102,7 +102,7 @@ class PagemapDirty:
 
 
 class ContentDirty:
-    """Compares all that is there with the parent, on any kernel: reads all that the VM has and as much of the parent."""
+    """Compares all that is there with the parent, on any kernel: reads the whole VM and as much of the parent."""
 
     def __init__(self, memory: GuestMemory, descent: Descent) -> None:
         self._memory = memory
