@@ -75,11 +75,11 @@ class BuildWriter:
             return
         with files.reported(f"writing {self.directory}"):
             self._flush()
-            _seal(self._descriptor)
+            files.seal(self._descriptor)
             self.close()
             self._descriptor = files.create(self.directory / SUMS)
-            _write(self._descriptor, memoryview(sums.encode(self._sums, self._written)))
-            _seal(self._descriptor)
+            files.write_all(self._descriptor, memoryview(sums.encode(self._sums, self._written)))
+            files.seal(self._descriptor)
             files.sync_directory(self.directory)
         self.close()
         self._finished = True
@@ -95,7 +95,7 @@ class BuildWriter:
             block = self._view[begin : min(begin + CHECKSUM_BLOCK, self._filled)]
             self._sums.append(xxh3_64_intdigest(block))
         with files.reported(f"writing {self.directory}"):
-            _write(self._descriptor, self._view[: self._filled])
+            files.write_all(self._descriptor, self._view[: self._filled])
         self._written += self._filled
         self._filled = 0
 
@@ -217,16 +217,6 @@ class BuildReader:
                 skip += got
             offset += len(buffer)
             skip -= len(buffer)
-
-
-def _write(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[files.write(descriptor, data) :]
-
-
-def _seal(descriptor: int) -> None:
-    files.set_mode(descriptor, files.SEALED_MODE)
-    files.sync(descriptor)
 
 
 def _read_sums(directory: Path, data_bytes: int) -> array[int]:

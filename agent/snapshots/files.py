@@ -22,7 +22,14 @@ SEALED_MODE = 0o400
 
 def make_directory(path: Path) -> None:
     """Make a directory that must not exist."""
-    path.mkdir(mode=DIRECTORY_MODE)
+    path.mkdir()
+    path.chmod(DIRECTORY_MODE)  # whatever our umask is
+
+
+def provide_directory(path: Path) -> None:
+    """Make a directory unless it is there, with the directories above it."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(DIRECTORY_MODE)  # whatever our umask is
 
 
 def create(path: Path) -> int:
@@ -80,6 +87,18 @@ def remove_directory(path: Path) -> None:
         path.rmdir()
     except FileNotFoundError:
         return
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Write all of `data`."""
+    while data:
+        data = data[write(descriptor, data) :]
+
+
+def seal(descriptor: int) -> None:
+    """Make an open file read-only and wait until it is on the disk."""
+    set_mode(descriptor, SEALED_MODE)
+    sync(descriptor)
 
 
 @contextmanager
