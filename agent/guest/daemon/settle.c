@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -25,7 +26,7 @@ struct Settle {
     uint64_t deadline;
 };
 
-/* sync(2) cannot be given up, so that somebody else has to wait for it. Left behind, it ends when the disk answers. */
+/* sync(2) cannot be given up, so that somebody else has to wait for it. Killed, it still ends when the disk answers. */
 static bool sync_until(uint64_t deadline) {
     int ends[2];
     if (pipe2(ends, O_CLOEXEC) != 0) {
@@ -42,7 +43,13 @@ static bool sync_until(uint64_t deadline) {
     }
     close(ends[1]);
     uint8_t done;
-    return pid > 0 && worker_wait(ends[0], POLLIN, deadline) && read(ends[0], &done, 1) == 1;
+    if (pid > 0 && worker_wait(ends[0], POLLIN, deadline) && read(ends[0], &done, 1) == 1) {
+        return true;
+    }
+    if (pid > 0) {
+        kill(pid, SIGKILL);
+    }
+    return false;
 }
 
 static void run(const void *argument) {
