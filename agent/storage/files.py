@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from agent.storage.overlay import (
@@ -17,7 +18,7 @@ from agent.storage.overlay import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
 SECTOR_BYTES = 512
@@ -50,6 +51,21 @@ def claim(path: Path) -> None:
         raise OverlayExists(f"{path} exists already") from error
     except OSError as error:
         raise failure(error) from error
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[int]:
+    """Claim, and give a descriptor to write with; a failure removes the file. Raises also what `failure` makes."""
+    claim(path)
+    try:
+        with path.open("r+b", buffering=0) as file:
+            yield file.fileno()
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise failure(error) from error
+    except Exception:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def base_size(base: Path) -> int:
