@@ -1,0 +1,320 @@
+"""Answers the page faults of one VM.
+
+Owns: the events read and not yet answered. Owned by: the VM's task, which runs `prefetch` and then `serve`.
+Takes: events of the userfaultfd. Emits: nothing; its figures are read by others. Dies when: its task is cancelled (the
+VMM has ended or is released), or a fault cannot be answered (FaultUnserved, or what the reader raises).
+
+One chunk is one step: after a few of them every other VM has its turn. What is not in the page cache is read in a
+thread, while the other VMs go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import deque
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import structlog
+import trio
+
+from agent.pager import abi
+from agent.pager.abi import PAGE, Userfault
+from agent.pager.faults import ABSENT, CHUNK, PRESENT, REMOVED, Action, PageMap
+from agent.pager.figures import Figures
+from agent.pager.filling import Again, FaultUnserved, Filler, OutOfMemory, Staging, VmGone
+from agent.pager.guest_file import GuestFile
+from agent.pager.recording import RECORDED_FAULTS, Recorder
+from agent.snapshots.errors import WouldBlock
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from agent.pager.regions import Region, RegionMap
+    from agent.snapshots.memory import MemoryReader
+
+log = structlog.get_logger()
+
+EVENTS_AT_ONCE = 64
+FAULTS_PER_TURN = 2
+"""Answered without giving way: about a tenth of a millisecond."""
+PIECES_PER_TURN = 8
+"""The same for pieces of a working set, most of which are single pages."""
+AGAIN_PAUSE = 0.0005
+MEMORY_PAUSE = 0.05
+MEMORY_TRIES = 40
+SPURIOUS_LIMIT = 64
+"""Wake-ups in a row without an event. Withdrawn faults make some; a VMM that plays with its descriptor makes many."""
+
+
+class Fault(NamedTuple):
+    """`heard`: on the clock of time.perf_counter."""
+
+    address: int
+    flags: int
+    heard: float
+
+
+class Memory(NamedTuple):
+    """What a VM's memory is made of and where it goes to."""
+
+    regions: RegionMap
+    reader: MemoryReader
+    pages: PageMap
+    file: GuestFile | None
+
+
+class Shared(NamedTuple):
+    """What all VMs of a pager use: only one of them works at a time."""
+
+    staging: Staging
+    zeros: Staging
+    readers: trio.CapacityLimiter
+
+
+class FaultServer:
+    """See the module."""
+
+    def __init__(self, userfault: Userfault, memory: Memory, shared: Shared, recorder: Recorder) -> None:
+        """While `recorder` is active, neighbours are brought in without being mapped, so that the page table tells what
+        was touched."""
+        self.figures = Figures()
+        self._recorder = recorder
+        self._userfault = userfault
+        self._memory = memory
+        self._shared = shared
+        self._filler = Filler(userfault, memory.pages, shared.zeros)
+        self._buffer = bytearray(abi.EVENT.size * EVENTS_AT_ONCE)
+        self._waiting: deque[Fault] = deque()
+        self._removed: deque[tuple[int, int]] = deque()
+        self._spurious = 0
+        self._memory_tries = 0
+
+    async def serve(self) -> None:
+        """Answer faults until cancelled or the VMM's memory is gone. Raises FaultUnserved, SnapshotDamaged."""
+        turn = 0
+        try:
+            while True:
+                if not self._waiting and not self._read_events():
+                    turn = 0
+                    await self._wait_for_events()
+                    continue
+                await self._answer_next()
+                turn += 1
+                if turn >= FAULTS_PER_TURN:
+                    turn = 0
+                    await trio.lowlevel.checkpoint()
+        except VmGone:
+            await trio.sleep_forever()  # whoever watches the process is about to say so
+
+    async def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Bring in parts of the memory, (offset, length) in bytes, answering faults meanwhile. Raises as `serve`."""
+        done = 0
+        try:
+            for region, first, end in self._pieces(ranges):
+                await self._bring_piece(region, first, end)
+                done += 1
+                if done % PIECES_PER_TURN == 0:
+                    self._read_events()
+                    while self._waiting:
+                        await self._answer_next()
+                        await trio.lowlevel.checkpoint()
+                    await trio.lowlevel.checkpoint()
+        except VmGone:
+            await trio.sleep_forever()
+
+    def wake_all(self) -> None:
+        """Have every waiting thread of the VMM fault again: who heard of its fault may be gone. Raises OSError."""
+        for region in self._memory.regions.regions:
+            self._userfault.wake(region.address, region.size)
+
+    # --- events ------------------------------------------------------------------------------------------------
+
+    def _read_events(self) -> bool:
+        """Take what events there are; whether a fault waits for its answer."""
+        try:
+            size = self._userfault.read_events(self._buffer)
+        except BlockingIOError:
+            return bool(self._waiting)
+        except OSError as err:
+            raise FaultUnserved(f"the VMM's userfaultfd cannot be read: {err.strerror}") from err
+        self._spurious = 0
+        heard = time.perf_counter()
+        for at in range(0, size, abi.EVENT.size):
+            event, first, second, _ = abi.EVENT.unpack_from(self._buffer, at)
+            if event == abi.EVENT_PAGEFAULT:
+                self._waiting.append(Fault(second, first, heard))
+            else:
+                self._hear(event, first, second)
+        if self._removed:
+            self._count_removed()
+        return bool(self._waiting)
+
+    def _hear(self, event: int, first: int, second: int) -> None:
+        if event in {abi.EVENT_REMOVE, abi.EVENT_UNMAP}:
+            for offset, length in self._memory.regions.clip(first, second):
+                self._memory.pages.mark(offset // PAGE, length // PAGE, REMOVED)
+                self._removed.append((offset, length))
+            return
+        if event == abi.EVENT_FORK:
+            os.close(first)  # reading the event has made a descriptor of ours
+        raise FaultUnserved(f"the VMM does with its memory what cannot be followed (event {event:#x})")
+
+    def _count_removed(self) -> None:
+        """What was given back counts as written. What the kernel cannot do yet stays for the next time."""
+        for _ in range(len(self._removed)):
+            offset, length = self._removed.popleft()
+            region = self._memory.regions.at_offset(offset)
+            try:
+                self._filler.count_as_written(region, offset // PAGE, length // PAGE)
+            except Again:
+                self._removed.append((offset, length))
+
+    async def _wait_for_events(self) -> None:
+        if self._removed:
+            await trio.sleep(AGAIN_PAUSE)
+            self._count_removed()
+            return
+        self._spurious += 1
+        if self._spurious > 2:
+            os.set_blocking(self._userfault.fd, False)  # the VMM shares it; a blocking one looks always readable
+            await trio.sleep(AGAIN_PAUSE * self._spurious)
+        if self._spurious > SPURIOUS_LIMIT:
+            raise FaultUnserved("the VMM's userfaultfd is always ready and has never anything to say")
+        await trio.lowlevel.wait_readable(self._userfault.fd)
+
+    # --- answers -----------------------------------------------------------------------------------------------
+
+    async def _answer_next(self) -> None:
+        fault = self._waiting[0]
+        try:
+            try:
+                self._answer(fault, None)
+            except WouldBlock:
+                await self._answer_from_disk(fault)
+        except Again:
+            await trio.sleep(AGAIN_PAUSE)
+            self._read_events()
+            return
+        except OutOfMemory:
+            self._memory_tries += 1
+            if self._memory_tries > MEMORY_TRIES:
+                raise FaultUnserved("there is no memory for a page: the VM's limit or the host's is reached") from None
+            await trio.sleep(MEMORY_PAUSE)
+            return
+        self._memory_tries = 0
+        self._waiting.popleft()
+        self.figures.answered(time.perf_counter() - fault.heard)
+        self.figures.fault_bytes = self._filler.bytes - self.figures.prefetched_bytes
+        if self._recorder.active and self.figures.faults >= RECORDED_FAULTS:
+            await self._recorder.finish()
+
+    def _answer(self, fault: Fault, read: Staging | None) -> None:
+        """Answer from `read`, which holds the chunk, or else from the page cache. Raises WouldBlock."""
+        region, page, low, high = self._place(fault.address)
+        if fault.flags & (abi.PAGEFAULT_FLAG_WP | abi.PAGEFAULT_FLAG_MINOR):
+            self._answer_other(fault)
+            return
+        action, runs = self._memory.pages.decide(page, low, high)
+        if action is not Action.BRING:
+            for first, count in runs:
+                self._filler.zero(region, first, count)
+            return
+        chunk = page - page % (CHUNK // PAGE)
+        staging = read or self._shared.staging
+        if read is None:
+            self._read(runs, chunk, staging, wait=False)
+        self._recorder.note([(page * PAGE, PAGE)])
+        if self._recorder.active and self._memory.file is not None:
+            self._filler.bring(region, page, 1, staging.address + (page - chunk) * PAGE)
+            for first, count in runs:
+                for run in self._memory.pages.runs(ABSENT, first, first + count):
+                    self._put(*run, staging.view[(run[0] - chunk) * PAGE :])
+            return
+        for first, count in runs:
+            self._filler.bring(region, first, count, staging.address + (first - chunk) * PAGE)
+
+    def _answer_other(self, fault: Fault) -> None:
+        """A VMM that registered for more than it should is not left hanging."""
+        page = fault.address - fault.address % PAGE
+        try:
+            if fault.flags & abi.PAGEFAULT_FLAG_WP:
+                self._userfault.write_unprotect(page, PAGE)
+            else:
+                self._userfault.proceed(page, PAGE)
+        except OSError as err:
+            if err.errno == errno.EAGAIN:
+                raise Again from None
+            if err.errno != errno.EEXIST:
+                raise FaultUnserved(f"the kernel refused a page: {err.strerror}") from err
+
+    async def _answer_from_disk(self, fault: Fault) -> None:
+        """The same, with the data read in a thread first: only this VM waits for the disk."""
+        _, page, low, high = self._place(fault.address)
+        staging = Staging()
+        _, runs = self._memory.pages.decide(page, low, high)
+        chunk = page - page % (CHUNK // PAGE)
+        work = partial(self._read, runs, chunk, staging, wait=True)
+        await trio.to_thread.run_sync(work, limiter=self._shared.readers)
+        self._answer(fault, staging)
+
+    def _place(self, address: int) -> tuple[Region, int, int, int]:
+        """The region of an address, its page in the guest's memory, and the region's first and last page + 1."""
+        region = self._memory.regions.find(address)
+        if region is None:
+            raise FaultUnserved(f"the VMM reports a fault at {address:#x}, which is no memory of its guest")
+        low = region.offset // PAGE
+        return region, (region.offset + address - region.address) // PAGE, low, low + region.size // PAGE
+
+    def _read(self, runs: Iterable[tuple[int, int]], chunk: int, staging: Staging, *, wait: bool) -> None:
+        """Fill in the pages of `runs`, each at its place in the chunk. Raises WouldBlock, SnapshotDamaged."""
+        for first, count in runs:
+            at = (first - chunk) * PAGE
+            self._memory.reader.read_into(first * PAGE, staging.view[at : at + count * PAGE], wait=wait)
+
+    # --- before they are asked for -----------------------------------------------------------------------------
+
+    def _pieces(self, ranges: Iterable[tuple[int, int]]) -> Iterable[tuple[Region, int, int]]:
+        """Cut ranges to the regions and to CHUNK: (region, first page, last page + 1)."""
+        for offset, length in ranges:
+            for region in self._memory.regions.regions:
+                low, high = max(offset, region.offset), min(offset + length, region.offset + region.size)
+                for begin in range(low, high, CHUNK):
+                    yield region, begin // PAGE, min(begin + CHUNK, high) // PAGE
+
+    async def _bring_piece(self, region: Region, first: int, end: int) -> None:
+        runs = tuple(self._memory.pages.runs(ABSENT, first, end))
+        staging = self._shared.staging
+        try:
+            self._read(runs, first, staging, wait=False)
+        except WouldBlock:
+            staging = Staging()
+            work = partial(self._read, runs, first, staging, wait=True)
+            await trio.to_thread.run_sync(work, limiter=self._shared.readers)
+        before = self._filler.bytes
+        for run_first, count in runs:
+            at = (run_first - first) * PAGE
+            if self._memory.file is not None:
+                self._put(run_first, count, staging.view[at:])
+                continue
+            self._recorder.note([(run_first * PAGE, count * PAGE)])
+            try:
+                self._filler.bring(region, run_first, count, staging.address + at)
+            except (Again, OutOfMemory):
+                return  # it comes when it is asked for
+        self.figures.prefetched_bytes += self._filler.bytes - before
+
+    def _put(self, first: int, count: int, view: memoryview) -> None:
+        """Put pages into the memory file, without mapping them. What does not fit stays absent."""
+        assert self._memory.file is not None  # noqa: S101 - asked for by both callers
+        try:
+            written = self._memory.file.write(first * PAGE, view[: count * PAGE])
+        except OSError as err:
+            log.warning("guest_file_not_writable", error=str(err))
+            self._memory = self._memory._replace(file=None)
+            self._recorder.drop()
+            return
+        self._memory.pages.mark(first, written // PAGE, PRESENT)
+        self._filler.bytes += written

@@ -1,0 +1,222 @@
+"""One VM of the pager, from its socket to its end.
+
+Owns: the listening socket, then the VMM's userfaultfd and pidfd, the open builds and the memory file; all are closed
+when `run` returns. Owned by: the daemon, which runs `run` in its nursery.
+Takes: `stop`, `wait_settled`, `record_working_set`. Emits: its record on disk. Dies when: it is stopped, its VMM ends,
+refuses to talk or never comes, or a fault cannot be answered: then the reason is written down and the VMM killed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import structlog
+import trio
+
+from agent.pager.figures import Figures
+from agent.pager.filling import FaultUnserved
+from agent.pager.guest_look import look_at_memory
+from agent.pager.handshake import Client, accept_client, adopt_client
+from agent.pager.process import ProcessIdentity, has_ended, kill, open_process, wait_ended
+from agent.pager.recording import Recorder, read_working_set, write_working_set
+from agent.pager.records import Served, VmRecord, VmRecords
+from agent.pager.regions import HandshakeRefused, RegionMap
+from agent.pager.service import PagedVm, PagerStatistics, SnapshotUnreadable
+from agent.pager.serving import FaultServer, Memory, Shared
+from agent.pager.snapshot import open_snapshot
+from agent.pager.sockets import remove_socket
+from agent.snapshots.errors import SnapshotDamaged
+
+if TYPE_CHECKING:
+    import socket
+
+    from agent.snapshots.memory import MemoryReader
+
+log = structlog.get_logger()
+
+END_TIMEOUT = 10.0
+"""Seconds for writing down why a VM is ended; its VMM is killed in any case."""
+SETTLE_TIMEOUT = 5.0
+"""Seconds a stop waits for a VM's task, which may have a disk read under way."""
+
+ENDED = "the VMM has ended"
+
+
+@dataclass(frozen=True)
+class Means:
+    """What the daemon lends to each VM."""
+
+    records: VmRecords
+    shared: Shared
+    working_sets: trio.Lock
+    """Two VMs of one snapshot must not combine at once."""
+
+
+class VmPaging:
+    """See the module."""
+
+    def __init__(
+        self, vm: PagedVm, means: Means, *, connect_timeout: float, reader: MemoryReader | None = None
+    ) -> None:
+        """`reader` becomes ours; None: open the snapshot when it is needed."""
+        self.vm = vm
+        self.failure: str | None = None
+        self.over: str | None = None
+        """Why it is not served any more, also when nothing has failed."""
+        self.settled = trio.Event()
+        """Served with its working set in place, or over."""
+        self._reader = reader
+        self._means = means
+        self._connect_timeout = connect_timeout
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        self._figures = Figures()
+        self._recorder: Recorder | None = None
+
+    def statistics(self) -> PagerStatistics:
+        """See Pager.statistics."""
+        return self._figures.snapshot(connected=self.settled.is_set() and self.over is None)
+
+    async def run(self, origin: socket.socket | Served) -> None:
+        """Serve a VMM to its end: the one that comes to this socket, which becomes ours, or one that another pager
+        served before."""
+        with structlog.contextvars.bound_contextvars(vm_id=self.vm.vm_id):
+            try:
+                with self._scope:
+                    await self._live(origin)
+                self.over = self.over or "the pager was told to release the VM"
+            finally:
+                self.over = self.over or "the pager stops"
+                if self._reader is not None:
+                    self._reader.close()
+                self.settled.set()
+                self._ended.set()
+
+    def bury(self, failure: str) -> None:
+        """Instead of `run`: it is over already, for this reason."""
+        self.failure = self.over = failure
+        self.settled.set()
+        self._ended.set()
+
+    async def stop(self) -> None:
+        """Serve no more; return when everything is closed, or is about to be, once a disk has answered."""
+        self._scope.cancel()
+        with trio.move_on_after(SETTLE_TIMEOUT, shield=True):
+            await self._ended.wait()
+
+    async def record_working_set(self) -> None:
+        """See Pager.record_working_set."""
+        recorder = self._recorder
+        if recorder is None or recorder.taken:
+            return
+        recorder.taken = True
+        touched = await recorder.finish()
+        if touched is not None:
+            async with self._means.working_sets:
+                await trio.to_thread.run_sync(write_working_set, self.vm.snapshot, touched)
+            log.info("working_set_recorded", vm_id=self.vm.vm_id, bytes=sum(length for _, length in touched))
+
+    # --- the task ----------------------------------------------------------------------------------------------
+
+    async def _live(self, origin: socket.socket | Served) -> None:
+        try:
+            if self._reader is None:
+                self._reader = await trio.to_thread.run_sync(open_snapshot, self.vm)
+            client = adopt_client(origin) if isinstance(origin, Served) else await self._meet(origin, self._reader)
+        except (HandshakeRefused, SnapshotUnreadable, OSError) as err:
+            return await self._end(str(err), _pidfd_of(origin))
+        if client is None:
+            return await self._gone()
+        try:
+            await self._serve_until_gone(client, self._reader, origin if isinstance(origin, Served) else None)
+        finally:
+            client.close()
+
+    async def _meet(self, listener: socket.socket, reader: MemoryReader) -> Client:
+        """Raises HandshakeRefused."""
+        with trio.socket.from_stdlib_socket(listener) as sock:
+            try:
+                with trio.move_on_after(self._connect_timeout):
+                    return await accept_client(sock, self.vm, memory_bytes=reader.header.memory_bytes)
+            finally:
+                remove_socket(self.vm.socket)
+        raise HandshakeRefused(f"the VMM has not connected to {self.vm.socket} in {self._connect_timeout:g} s")
+
+    async def _serve_until_gone(self, client: Client, reader: MemoryReader, served: Served | None) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch, client, nursery.cancel_scope)
+            try:
+                await self._serve(client, reader, served)
+            except (FaultUnserved, SnapshotDamaged) as err:
+                await self._end(str(err), os.dup(client.pidfd))
+            except Exception:
+                log.exception("paging_failed")
+                await self._end("the pager failed; its log has the details", os.dup(client.pidfd))
+            nursery.cancel_scope.cancel()
+        if has_ended(client.pidfd) and self.failure is None:
+            await self._gone()
+
+    async def _watch(self, client: Client, scope: trio.CancelScope) -> None:
+        await wait_ended(client.pidfd)
+        scope.cancel()
+
+    async def _serve(self, client: Client, reader: MemoryReader, served: Served | None) -> None:
+        """Raises FaultUnserved, SnapshotDamaged."""
+        look = partial(look_at_memory, client, self.vm.uid, reader.header.memory_bytes, served)
+        seen = await trio.to_thread.run_sync(look)
+        try:
+            by_table = seen.file is not None
+            recorder = Recorder(client.identity.pid, client.regions, by_page_table=by_table)
+            memory = Memory(RegionMap(client.regions), reader, seen.pages, seen.file)
+            server = FaultServer(client.userfault, memory, self._means.shared, recorder)
+            self._figures = server.figures
+            if served is None:
+                record = VmRecord(self.vm, client.served(tracked=seen.tracked))
+                await trio.to_thread.run_sync(self._means.records.save, record)
+                self._recorder = recorder
+                await self._prefetch(server)
+            else:
+                recorder.drop()  # what was touched before we came is mixed with what was brought
+                server.wake_all()
+            self.settled.set()
+            log.info("vm_served", pid=client.identity.pid, adopted=served is not None, by_file=by_table)
+            await server.serve()
+        finally:
+            if seen.file is not None:
+                seen.file.close()
+
+    async def _prefetch(self, server: FaultServer) -> None:
+        if self.vm.prefetch:
+            ranges = await trio.to_thread.run_sync(read_working_set, self.vm.snapshot)
+            await server.prefetch(ranges)
+
+    async def _gone(self) -> None:
+        """The VMM has ended by itself, or others have ended it."""
+        self.over = ENDED
+        await trio.to_thread.run_sync(self._means.records.forget, self.vm.vm_id)
+        log.info("vm_gone", faults=self._figures.faults)
+
+    async def _end(self, reason: str, pidfd: int | None) -> None:
+        """Write down why, then kill the VMM: it would wait for a page for ever. `pidfd` becomes ours."""
+        self.failure = self.over = reason
+        log.error("vm_ended_by_pager", reason=reason)
+        try:
+            with trio.move_on_after(END_TIMEOUT, shield=True):
+                record = VmRecord(self.vm, failure=reason)
+                await trio.to_thread.run_sync(self._means.records.save, record, abandon_on_cancel=True)
+        except OSError as err:
+            log.exception("failure_not_recorded", error=str(err))
+        finally:
+            if pidfd is not None:
+                kill(pidfd)
+                os.close(pidfd)
+
+
+def _pidfd_of(origin: socket.socket | Served) -> int | None:
+    """Whom to kill when there is no client. A VMM that was never served is the agent's to end."""
+    if isinstance(origin, Served):
+        return open_process(ProcessIdentity(origin.pid, origin.start_time))
+    return None
