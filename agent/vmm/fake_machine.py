@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import weakref
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from agent.vmm.driver import GuestMemory, VmCommandFailed, VmDiskFull, VmGone, VmStartFailed, VmStateFailed
+from agent.vmm.driver import GuestMemory, VmCommandFailed, VmGone, VmStartFailed, VmStateFailed
+from agent.vmm.state_file import write_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,18 +91,7 @@ class FakeMachine:
             raise VmStateFailed("the VM must be paused, and resumed after it was saved")
         self.saved = True
         state = SavedState(self.counter, self.spec.vcpus, self.spec.memory_mb)
-        try:
-            with target.open("xb") as file:
-                file.write(msgspec.json.encode(state))
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-        except FileExistsError as error:
-            raise VmStateFailed(f"{target} exists") from error
-        except OSError as error:
-            target.unlink(missing_ok=True)
-            kind = VmDiskFull if error.errno in {errno.ENOSPC, errno.EDQUOT} else VmStateFailed
-            raise kind(f"{target}: {error}") from error
+        write_state(target, msgspec.json.encode(state), sync=sync)
 
     def load(self) -> None:
         """Continue where another machine was saved, if this one is to. Blocks. Raises VmStartFailed."""

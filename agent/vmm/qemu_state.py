@@ -7,7 +7,6 @@ fill the disk.
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from contextlib import suppress
@@ -15,12 +14,10 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from agent.vmm.driver import VmDiskFull, VmStateFailed
+from agent.vmm.driver import VmStateFailed
 from agent.vmm.qmp import QmpError, QmpRefused
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from agent.vmm.qmp import QmpClient
 
 MAX_STATE_BYTES = 16 * 1024 * 1024
@@ -110,24 +107,6 @@ async def load(client: QmpClient, state: int) -> None:
         if (await client.execute("query-status", timeout=math.inf))["status"] != "inmigrate":
             return
         await trio.sleep(POLL_INTERVAL)
-
-
-def write_state(target: Path, state: bytes, *, sync: bool) -> None:
-    """Write a new file, whole or not at all; blocks. Raises VmStateFailed, VmDiskFull."""
-    try:
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(descriptor, "wb") as file:  # noqa: PTH123 - a descriptor
-                file.write(state)
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        kind = VmDiskFull if error.errno in {errno.ENOSPC, errno.EDQUOT} else VmStateFailed
-        raise kind(f"the state could not be written to {target}: {error}") from error
 
 
 async def _leave_memory_out(client: QmpClient) -> None:

@@ -28,6 +28,7 @@ from agent.vmm.guest_memory import find_memory, has_userfaultfd
 from agent.vmm.qemu_command import CONSOLE
 from agent.vmm.qemu_control import DYING_TIMEOUT, QMP_TIMEOUT, QemuControl
 from agent.vmm.qmp import QmpClient, QmpError, QmpUnreachable
+from agent.vmm.state_file import write_state
 from agent.vmm.text import last_lines, printable
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class QemuVm(Vm):
     async def save_state(self, target: Path, *, sync: bool = True) -> None:
         """See Vm."""
         state = await self._control.save_state()
-        await trio.to_thread.run_sync(partial(qemu_state.write_state, target, state, sync=sync))
+        await trio.to_thread.run_sync(partial(write_state, target, state, sync=sync))
 
     async def pivot_disk(self, overlay: Path) -> None:
         """See Vm."""

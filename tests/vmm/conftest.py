@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
+import json
 import os
+import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import tempfile
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +24,7 @@ import trio
 from agent.images.cpio import archive, regular
 from agent.images.store import ImageStore
 from agent.vmm.cgroup import CgroupTree
-from agent.vmm.driver import VmSpec
+from agent.vmm.driver import VmSpec, VmState
 from agent.vmm.fake import FakeVmDriver
 from agent.vmm.process import processes
 from agent.vmm.qemu import QemuDriver, detect_qemu
@@ -73,6 +77,69 @@ def open_tap():
     return descriptors[0]
 
 
+UFFDIO_COPY = 0xC028AA03
+COPY_WRITE_PROTECTED = 2
+COPY_BYTES = 1 << 20
+
+
+class PageServer:
+    """Serves the memory of one restored VM: all of it at once, from an image of the same size.
+
+    `silent`: takes the connection and the userfaultfd, and never serves a page.
+    """
+
+    def __init__(self, path, image, *, silent=False):
+        self.path = path
+        self.handshake = None
+        self._image = image
+        self._silent = silent
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        os.chown(path, UID, UID)
+        self._listener.listen()
+        self._connection = None
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def close(self):
+        for end in (self._listener, self._connection):
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)  # wakes the thread
+                end.close()
+        self._thread.join()
+
+    def _serve(self):
+        with contextlib.suppress(OSError):
+            self._connection, _ = self._listener.accept()
+            text, (faults,), _, _ = socket.recv_fds(self._connection, 4096, 1)
+            try:
+                self.handshake = json.loads(text)
+                if not self._silent:
+                    (region,) = self.handshake
+                    self._copy(faults, region["base_host_virt_addr"], region["size"])
+                self._connection.recv(1)  # until QEMU ends
+            finally:
+                os.close(faults)
+
+    def _copy(self, faults, address, size):
+        content = bytearray(self._image.read_bytes())
+        source = ctypes.addressof(ctypes.c_char.from_buffer(content))
+        for offset in range(0, size, COPY_BYTES):
+            length = min(COPY_BYTES, size - offset)
+            request = struct.pack("=QQQQq", address + offset, source + offset, length, COPY_WRITE_PROTECTED, 0)
+            fcntl.ioctl(faults, UFFDIO_COPY, bytearray(request))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved VM: its state, an image of its memory, and what it counted last."""
+
+    state: Path
+    memory: Path
+    counted: int
+
+
 class Bench:
     """A driver with what a test needs around it: fresh specs, a way to crash a VM and to make a boot fail."""
 
@@ -80,7 +147,6 @@ class Bench:
         self.driver = driver
         self.root = root
         self.taps = []
-        self._template = None
 
     def spec(self, sandbox_id="one", *, mode="idle", **changes):
         directory = self.root / sandbox_id
@@ -105,6 +171,33 @@ class Bench:
         )
         return replace(spec, **changes)
 
+    def counting_spec(self, sandbox_id="one", *, mode="count", layers=(), **changes):
+        """A guest that counts, on a fresh overlay over a base image that only root may read."""
+        base = self.root / "base.raw"
+        if not base.exists():
+            base.write_bytes(bytes(1 << 20))
+            base.chmod(0o400)
+        spec = self.spec(sandbox_id, mode=mode)
+        disk = self.overlay(spec.directory / "disk.qcow2")
+        return replace(spec, disk=disk, disk_format="qcow2", base=base, layers=tuple(layers), **changes)
+
+    async def save(self, vm, name="saved"):
+        """Pause a counting VM and save it: state and memory."""
+        await vm.pause()
+        state, memory = self.root / f"{name}.state", self.root / f"{name}.memory"
+        await vm.save_state(state)
+        found = vm.memory()
+        try:
+            copy_sparse(found.fd, found.size, memory)
+        finally:
+            os.close(found.fd)
+        return Saved(state, memory, await self.counted(vm))
+
+    async def restore(self, spec, saved):
+        """Restore a VM; it is paused."""
+        pages = self.serve_pages(spec, saved)
+        return await self.driver.restore(spec, VmState(saved.state, pages))
+
 
 class FakeBench(Bench):
     def boot_files(self):
@@ -113,12 +206,31 @@ class FakeBench(Bench):
     def open_tap(self):
         return -1
 
+    def overlay(self, path):
+        path.touch()
+        return path
+
+    def serve_pages(self, spec, _saved):
+        return spec.directory / "pages.sock"
+
     def crash(self, vm):
         self.driver.machines[vm.process].die("it crashed")
 
     def doomed_spec(self):
         self.driver.fail_next_boot("no such kernel")
         return self.spec("doomed")
+
+    async def counted(self, vm):
+        """What the guest counted last."""
+        return self.driver.machines[vm.process].counter
+
+    async def count(self, vm):
+        """Wait until the guest has counted further, and return how far."""
+        return self.driver.machines[vm.process].tick()
+
+    async def stands(self, vm):
+        """Whether the guest has ceased to count."""
+        return await self.count(vm) == await self.count(vm)
 
     async def close(self):
         pass
@@ -129,6 +241,7 @@ class QemuBench(Bench):
         super().__init__(driver, root)
         self.files = files
         self.cgroups = cgroups
+        self.servers = []
 
     def boot_files(self):
         return self.files
@@ -137,18 +250,69 @@ class QemuBench(Bench):
         self.taps.append(open_tap())
         return self.taps[-1]
 
+    def overlay(self, path):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True)
+        return path
+
+    def serve_pages(self, spec, saved, **options):
+        self.servers.append(PageServer(spec.directory / "pages.sock", saved.memory, **options))
+        return self.servers[-1].path
+
     def crash(self, vm):
         os.kill(vm.process.pid, 9)
 
     def doomed_spec(self):
         return self.spec("doomed", kernel=Path("/nonexistent/kernel"))
 
+    async def ticks(self, vm):
+        """All that a counting guest has said since it was booted or restored: (tick, what was on the disk)."""
+        console = await vm.console_tail()
+        return [(int(tick), int(disk)) for tick, disk in re.findall(r"^tick (\d+) disk (\d+)$", console, re.MULTILINE)]
+
+    async def counted(self, vm):
+        ticks = await self.ticks(vm)
+        return ticks[-1][0] if ticks else 0
+
+    async def count(self, vm):
+        before = await self.counted(vm)
+        for _ in range(400):
+            if (now := await self.counted(vm)) > before:
+                return now
+            assert vm.statistics() is not None, await vm.wait_exit()
+            await trio.sleep(0.05)
+        raise AssertionError(f"the guest does not count: {await vm.console_tail()!r}")
+
+    async def stands(self, vm):
+        before = await self.counted(vm)
+        await trio.sleep(0.3)  # six ticks
+        return await self.counted(vm) == before
+
     async def close(self):
         for process in self.driver.find_orphans(self.root).values():
             await self.driver.kill_process(process)
         await self.driver.remove_leftovers()
+        for server in self.servers:
+            server.close()
         for tap in self.taps:
             os.close(tap)
+
+
+def copy_sparse(source, size, target):
+    """Copy what there is of a memory file; never by mapping it."""
+    with target.open("wb") as file:
+        file.truncate(size)
+        offset = 0
+        while offset < size:
+            try:
+                begin = os.lseek(source, offset, os.SEEK_DATA)
+            except OSError:  # a hole to the end
+                return
+            offset = os.lseek(source, begin, os.SEEK_HOLE)
+            file.seek(begin)
+            while begin < offset:
+                chunk = os.pread(source, min(COPY_BYTES, offset - begin), begin)
+                file.write(chunk)
+                begin += len(chunk)
 
 
 @pytest.fixture(scope="session")

@@ -21,20 +21,40 @@ static void load_modules(void) {
     }
 }
 
+static int open_disk(int flags) {
+    load_modules();
+    mount("devtmpfs", "/dev", "devtmpfs", 0, "");
+    for (int tries = 0; tries < 500; tries++) {
+        int disk = open("/dev/vda", flags);
+        if (disk >= 0) return disk;
+        usleep(10000);
+    }
+    return -1;
+}
+
 /* Write to the whole disk and say how it went, then that we are still running. */
 static void fill_disk(void) {
     static char block[1 << 16];
-    load_modules();
-    mount("devtmpfs", "/dev", "devtmpfs", 0, "");
-    int disk = -1;
-    for (int tries = 0; tries < 500 && disk < 0; tries++) {
-        disk = open("/dev/vda", O_WRONLY);
-        if (disk < 0) usleep(10000);
-    }
+    int disk = open_disk(O_WRONLY);
     memset(block, 'x', sizeof block);
     while (write(disk, block, sizeof block) == sizeof block) {}
     if (fsync(disk) == 0) printf("disk: all written\n"); else printf("disk: %s\n", strerror(errno));
     printf("still running\n");
+}
+
+/* Count, in memory and on the disk, past every cache: "tick N disk M" has M as it was found there, N-1 if all is well.
+ * After `last` ticks it is over: the mode of the end returns to main. */
+static void count(int last) {
+    static char block[4096] __attribute__((aligned(4096)));
+    int disk = open_disk(O_RDWR | O_DIRECT);
+    for (int tick = 1; tick <= last; tick++) {
+        if (pread(disk, block, sizeof block, 0) != sizeof block) printf("read: %s\n", strerror(errno));
+        int found = atoi(block);
+        snprintf(block, sizeof block, "%d\n", tick);
+        if (pwrite(disk, block, sizeof block, 0) != sizeof block) printf("write: %s\n", strerror(errno));
+        printf("tick %d disk %d\n", tick, found);
+        usleep(50000);
+    }
 }
 
 int main(void) {
@@ -42,6 +62,11 @@ int main(void) {
     if (!mode) mode = "idle";
     setvbuf(stdout, NULL, _IONBF, 0);
     printf("init runs: %s\n", mode);
+    if (!strncmp(mode, "count-", 6)) {
+        count(60);
+        mode += 6;
+    }
+    if (!strcmp(mode, "count")) count(1 << 30);
     if (!strcmp(mode, "poweroff")) reboot(RB_POWER_OFF);
     if (!strcmp(mode, "restart")) reboot(RB_AUTOBOOT);
     if (!strcmp(mode, "panic")) return 7;
