@@ -40,10 +40,21 @@ def etc(tmp_path):
 
 
 @pytest.fixture
-def client(etc, start_guest):
-    script = f'mount --bind {etc} /etc && exec "$@"'
-    prefix = ("unshare", "-m", "-u", "sh", "-c", script, "sh")
-    return start_guest("--system-changes", "on", prefix=prefix).connect()
+def lib(tmp_path):
+    (tmp_path / "lib" / "dbus").mkdir(parents=True)
+    return tmp_path / "lib"
+
+
+@pytest.fixture
+def private(etc, lib):
+    """Runs a command with an /etc, a /var/lib and a host name of its own."""
+    script = f'mount --bind {etc} /etc && mount --bind {lib} /var/lib && exec "$@"'
+    return ("unshare", "-m", "-u", "sh", "-c", script, "sh")
+
+
+@pytest.fixture
+def client(private, start_guest):
+    return start_guest("--system-changes", "on", prefix=private).connect()
 
 
 def test_hostname_and_resolver(client, etc):
@@ -55,6 +66,74 @@ def test_hostname_and_resolver(client, etc):
     assert not (etc / "resolv.conf").is_symlink()
     assert (etc / "resolv.conf").read_text() == "nameserver 1.1.1.1\nnameserver 2606:4700::1111\n"
     assert sorted(path.name for path in etc.iterdir()) == ["group", "hostname", "passwd", "resolv.conf"]
+
+
+@pytest.mark.parametrize("dbus", ["file", "link", "none"])
+def test_machine_id(client, etc, lib, dbus):
+    """In /etc, and in D-Bus's own file where that is one."""
+    (etc / "machine-id").write_text("0" * 31 + "1\n")
+    if dbus == "file":
+        (lib / "dbus" / "machine-id").write_text("0" * 31 + "1\n")
+    elif dbus == "link":
+        (lib / "dbus" / "machine-id").symlink_to("/etc/machine-id")
+    assert client.call("configure", {"machine_id": "0123456789abcdef" * 2}).reply == {}
+    assert (etc / "machine-id").read_text() == "0123456789abcdef" * 2 + "\n"
+    own = lib / "dbus" / "machine-id"
+    if dbus == "file":
+        assert own.read_text() == "0123456789abcdef" * 2 + "\n"
+    assert own.is_symlink() == (dbus == "link")
+    assert [file.name for file in own.parent.iterdir()] == ([] if dbus == "none" else ["machine-id"])
+    assert not list(etc.glob("*.capsule"))
+
+
+def test_a_machine_id_that_leads_elsewhere_is_replaced(client, etc, tmp_path):
+    """A link is not written through."""
+    (tmp_path / "victim").write_text("untouched")
+    (etc / "machine-id").symlink_to(tmp_path / "victim")
+    assert client.call("configure", {"machine_id": "b" * 32}).reply == {}
+    assert not (etc / "machine-id").is_symlink()
+    assert (tmp_path / "victim").read_text() == "untouched"
+
+
+IDENTITY = {"hostname": "box-2", "machine_id": "c" * 32, "dns": ["1.1.1.1"]}
+
+
+def test_what_is_right_already_is_not_written(client, etc):
+    """A resume tells a guest what it knows: no page of its disk gets dirty."""
+    assert client.call("configure", IDENTITY).reply == {}
+    before = {file.name: file.stat().st_ino for file in etc.iterdir()}
+    assert client.call("configure", IDENTITY).reply == {}
+    assert {file.name: file.stat().st_ino for file in etc.iterdir()} == before
+
+
+def test_files_that_cannot_be_written_are_named(start_guest, etc, private):
+    """A read-only disk: the kernel knows the new name, the clock and the entropy all the same."""
+    (etc / "hostname").write_text("box-2\n")
+    read_only = (*private, "sh", "-c", 'mount -o remount,bind,ro /etc && exec "$@"', "sh")
+    client = start_guest("--system-changes", "on", prefix=read_only).connect()
+    reply = client.call("configure", {**IDENTITY, "entropy": bytes(64)}).reply
+    assert reply == {"failed": ["/etc/machine-id", "/etc/resolv.conf"]}
+    assert client.call("exec", {"cmd": "uname -n"}).stdout == b"box-2\n"
+
+
+WATCH = "while :; do read name < /etc/hostname; read id < /etc/machine-id; echo $(uname -n) $name $id; done"
+"""Prints who it thinks the guest is, again and again."""
+
+
+def test_nobody_sees_the_old_identity_after_the_thaw(start_settling, private, etc, tmp_path, until):
+    """configure thaws last: but for what was read before the freeze, every line is of the new identity."""
+    old, new = ({"hostname": name, "machine_id": name[-1] * 32} for name in ("box-a", "box-b"))
+    client = start_settling("--system-changes", "on", prefix=(*private[1:],))[0].connect()
+    client.call("configure", old)
+    out = tmp_path / "out"
+    client.call("exec", {"cmd": WATCH + f" > {out}", "background": True})
+    until(lambda: out.exists() and out.stat().st_size, "it watches")
+    assert client.call("settle").reply["frozen"] is True
+    seen = out.read_text().count("\n")
+    assert client.call("configure", new).reply == {}
+    until(lambda: out.read_text().count("\n") > seen + 5, "it goes on")
+    after = out.read_text().splitlines()[seen + 1 : -1]
+    assert set(after) == {f"box-b box-b {'b' * 32}"}
 
 
 def test_entropy(client):
@@ -92,6 +171,13 @@ def test_default_envs(client):
         {"time_ns": -1},
         {"time_ns": 1.5},
         {"entropy": "text"},
+        {"machine_id": ""},
+        {"machine_id": "0" * 32},
+        {"machine_id": "a" * 31},
+        {"machine_id": "a" * 33},
+        {"machine_id": "A" * 32},
+        {"machine_id": "g" * 32},
+        {"machine_id": b"a" * 32},
         {"entropy": b"x" * 513},
     ],
 )

@@ -149,12 +149,12 @@ class Fuzz:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="exec as root is the default, which needs root")
-def test_nothing_an_opener_sends_crashes_the_daemon(sanitized_binary, start_guest, until, tmp_path):
+def test_nothing_an_opener_sends_crashes_the_daemon(sanitized_binary, start_settling, until, tmp_path):
     """Random and mutated conversations under ASAN and UBSAN; afterwards the daemon serves, with nothing left over.
 
     Meanwhile a connection that never said HELLO was closed: its 10 seconds are not worth a test of their own.
     """
-    guest = start_guest(binary=sanitized_binary)
+    guest, _ = start_settling(binary=sanitized_binary)
     baseline = guest.descriptors()
     silent = guest.connect(greet=False)
     fuzz = Fuzz(random.Random(SEED), str(tmp_path))
@@ -184,6 +184,7 @@ def test_nothing_an_opener_sends_crashes_the_daemon(sanitized_binary, start_gues
     assert rounds > 100
     assert silent.closed_by_peer(timeout=11)
     client = guest.connect()
+    assert client.call("thaw").reply == {}
     for entry in client.call("processes.list").reply["processes"]:
         client.call("processes.signal", {"process": entry["pid"], "signal": 9})
     assert client.call("info").reply

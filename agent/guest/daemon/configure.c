@@ -16,6 +16,7 @@
 #include "guest_limits.h"
 #include "methods.h"
 #include "pack.h"
+#include "replace.h"
 #include "settle.h"
 
 /* <linux/random.h>, which musl's compiler wrapper does not find. */
@@ -39,9 +40,15 @@ struct Configure {
 };
 
 static bool system_changes;
+static int urandom = -1;
 static struct Bytes default_envs;
 
-void configure_system_changes(bool allowed) { system_changes = allowed; }
+void configure_system_changes(bool allowed) {
+    system_changes = allowed;
+    if (allowed && urandom < 0) { /* now, while the name leads to what it says */
+        urandom = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
+    }
+}
 
 struct Slice configure_envs(void) {
     return default_envs.length > 0 ? bytes_slice(&default_envs) : (struct Slice){.data = NULL};
@@ -53,44 +60,8 @@ struct Slice configure_envs(void) {
 static struct Bytes failures;
 static size_t failure_count;
 
-static bool is_regular(const char *path, struct stat *status) {
-    return lstat(path, status) == 0 && S_ISREG(status->st_mode);
-}
-
-/* A resumed guest mostly is who it was: nothing to write, and a full disk does not matter. */
-static bool holds(const char *path, const struct Bytes *content) {
-    char old[READ_BYTES / 16];
-    struct stat status;
-    if (!is_regular(path, &status) || (size_t)status.st_size != content->length || content->length > sizeof old) {
-        return false;
-    }
-    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    ssize_t count = fd >= 0 ? read(fd, old, sizeof old) : -1;
-    if (fd >= 0) {
-        close(fd);
-    }
-    return count == (ssize_t)content->length && memcmp(old, content->data, content->length) == 0;
-}
-
-/* Replaced, not written through: it may be a symbolic link that leads to a daemon which is not there. */
-static bool write_new(const char *path, const struct Bytes *content) {
-    char temporary[64];
-    snprintf(temporary, sizeof temporary, "%s.capsule", path);
-    unlink(temporary);
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
-    if (fd < 0) {
-        return errno == ENOENT; /* an image without /etc has nobody who would read it */
-    }
-    bool written = !content->failed && write_all(fd, content->data, content->length) && rename(temporary, path) == 0;
-    close(fd);
-    if (!written) {
-        unlink(temporary);
-    }
-    return written;
-}
-
 static void replace(const char *path, const struct Bytes *content) {
-    if (!holds(path, content) && !write_new(path, content)) {
+    if (!replace_file(path, content)) {
         pack_string(&failures, path);
         failure_count++;
     }
@@ -140,12 +111,10 @@ static void apply_time(int64_t time_ns) {
 static void apply_entropy(struct Slice entropy) {
     struct EntropyPool pool = {.entropy_count = (int)entropy.length * 8, .buf_size = (int)entropy.length};
     memcpy(pool.buf, entropy.data, entropy.length);
-    int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
-    if (fd < 0 || ioctl(fd, RNDADDENTROPY, &pool) != 0) {
+    if (ioctl(EXTRA_FD, RNDADDENTROPY, &pool) != 0) {
         worker_fault("permission_denied", "cannot add entropy: %s", strerror(errno));
     }
-    ioctl(fd, RNDRESEEDCRNG); /* kernels before 4.14 do not have it */
-    close(fd);
+    ioctl(EXTRA_FD, RNDRESEEDCRNG); /* kernels before 4.14 do not have it */
 }
 
 static void run(const void *argument) {
@@ -271,6 +240,6 @@ void configure_open(struct Connection *connection, const struct Frame *open) {
         default_envs = envs;
     }
     const struct Spawn spawn = {
-        .kind = JOB_SYSTEM, .finished = configure_finished, .run = run, .argument = &configure};
+        .kind = JOB_SYSTEM, .extra = urandom, .finished = configure_finished, .run = run, .argument = &configure};
     job_spawn(connection, open, &spawn);
 }

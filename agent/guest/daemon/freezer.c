@@ -145,7 +145,7 @@ void freezer_thaw(void) {
 }
 
 bool freezer_active(void) { return active; }
-int freezer_events(void) { return events >= 0 ? events : 0; }
+int freezer_events(void) { return events; }
 
 static bool is_frozen(int fd) {
     char text[128];

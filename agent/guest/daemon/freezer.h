@@ -24,7 +24,7 @@ bool freezer_freeze(void);
 void freezer_thaw(void);
 /* Whether the group was told to freeze, by us. */
 bool freezer_active(void);
-/* For freezer_wait in a child; 0 when there is no group. */
+/* For freezer_wait in a child; -1 when there is no group. */
 int freezer_events(void);
 /* In a child: wait until every process of the group stands still, at most until `deadline` (clock_monotonic_ns). */
 bool freezer_wait(int events, uint64_t deadline);

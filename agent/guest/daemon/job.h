@@ -87,7 +87,7 @@ struct Spawn {
     bool input;  /* a pipe to descriptor 0, else /dev/null */
     bool output; /* a pipe from descriptor 1 */
     bool errors; /* a pipe from descriptor 2 */
-    int extra;   /* what the child has as EXTRA_FD; 0: nothing */
+    int extra;   /* what the child has as EXTRA_FD; nothing unless it is positive */
     void (*run)(const void *argument); /* in the child; does not return */
     const void *argument;
     void (*finished)(struct Job *job, bool answered); /* see Job; may be NULL */
