@@ -6,7 +6,7 @@ One line of canonical JSON, then one with the SHA-256 of the first in hex. Ids a
 from __future__ import annotations
 
 import hashlib
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 from uuid import UUID
@@ -110,6 +110,8 @@ def _decode(data: bytes) -> Manifest:
     manifest = msgspec.json.decode(line, type=Manifest)
     if set(manifest.files) != {HEADER, STATE}:
         raise ValueError(f"it lists the files {sorted(manifest.files)}")
+    if manifest.created_at.utcoffset() != timedelta(0):
+        raise ValueError("its time is not in UTC")
     if msgspec.json.encode(manifest, order="deterministic") + b"\n" != line:
         raise ValueError("it is not in canonical form")
     return manifest

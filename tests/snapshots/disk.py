@@ -7,8 +7,9 @@ import hashlib
 import os
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 from unittest.mock import patch
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from agent.snapshots import files
 from agent.snapshots.header import NIL, PAGE, Run
@@ -43,11 +44,13 @@ class Disk:
     def __init__(self, *, durable: bool = False) -> None:
         self.calls: list[tuple[str, str]] = []
         self._durable = durable
+        self.killed = False
+        """Since the last `kill_at`."""
         self._kill_at = self._fail_at = 0
         self._errno = 0
         self._patches = ExitStack()
 
-    def __enter__(self) -> Disk:
+    def __enter__(self) -> Self:
         for name in OPERATIONS:
             self._patches.enter_context(patch.object(files, name, self._wrapped(name, getattr(files, name))))
         return self
@@ -58,6 +61,7 @@ class Disk:
     def kill_at(self, number: int) -> None:
         """Die in the operation with that number: a write is half done, everything else not at all."""
         self.calls.clear()
+        self.killed = False
         self._kill_at, self._fail_at = number, 0
 
     def fail_at(self, number: int, code: int = errno.ENOSPC) -> None:
@@ -76,6 +80,7 @@ class Disk:
             if self._kill_at and number >= self._kill_at:
                 if name == "write" and number == self._kill_at:
                     original(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                self.killed = True
                 raise Killed
             needs_room = name in {"make_directory", "create", "write", "link", "sync"}
             if self._fail_at and (number == self._fail_at or (number > self._fail_at and needs_room)):
@@ -91,7 +96,7 @@ class Disk:
 
 def _target(name, arguments) -> str:
     first = arguments[-1] if name in {"link", "rename"} else arguments[0]
-    return os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+    return str(Path(f"/proc/self/fd/{first}").readlink()) if isinstance(first, int) else str(first)
 
 
 def page(value: int) -> bytes:
@@ -173,7 +178,3 @@ def flip(path: Path, bit: int) -> None:
     data[bit // 8 % len(data)] ^= 1 << bit % 8
     path.write_bytes(data)
     path.chmod(mode)
-
-
-def identifier(number: int) -> UUID:
-    return UUID(int=number, version=4)
