@@ -23,7 +23,7 @@ BUFFER_BYTES = 4 * PIECE
 _ffi = cffi.FFI()
 _ffi.cdef("int memcmp(const void *, const void *, size_t);")
 _libc: Any = _ffi.dlopen(None)
-_ZEROS = _ffi.from_buffer(bytes(BUFFER_BYTES))
+_ZEROS = _ffi.from_buffer(bytes(PIECE))
 
 
 class Kind(Enum):
@@ -62,14 +62,11 @@ class Comparison:
 
     def _pieces(self, length: int, *, known: bool) -> Iterator[tuple[Kind, int]]:
         """Yield (kind, start) of pieces of any size, in order."""
-        whole = self._kind(0, length, known=known)
-        if whole is not Kind.CHANGED:
-            yield whole, 0
-            return
         for start in range(0, length, PIECE):
             size = min(PIECE, length - start)
             kind = self._kind(start, size, known=known)
-            if kind is not Kind.CHANGED:
+            # Pages of a changed piece may be zero or equal; those of a zero piece may be equal, if equals are known.
+            if kind is Kind.EQUAL or (kind is Kind.ZERO and not known):
                 yield kind, start
                 continue
             for page in range(start, start + size, PAGE):

@@ -19,10 +19,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from agent.snapshots import pagemap
+from agent.snapshots.blocks import BuildWriter
+from agent.snapshots.capture import CaptureResult, capture
+from agent.snapshots.memory import MemoryReader
 from agent.snapshots.memory_file import data_within
 
 PROGRAM = Path(__file__).with_name("process_with_memory.py")
@@ -233,3 +237,57 @@ def no_scan(monkeypatch) -> None:
         return real(descriptor, request, *arguments)
 
     monkeypatch.setattr(fcntl, "ioctl", ioctl)
+
+
+@dataclass
+class Generations:
+    """Makes generations of a memory in a directory of builds, and reads them back."""
+
+    builds: Path
+    undo: ExitStack
+    reader: MemoryReader | None = None
+
+    def first(self, content: bytes) -> MemoryReader:
+        """The generation that a restored VM starts from."""
+        self.reader = None
+        source = os.memfd_create("image")
+        try:
+            os.write(source, content)
+            self.take(source, [(0, len(content))], len(content))
+        finally:
+            os.close(source)
+        assert self.reader is not None
+        return self.reader
+
+    def take(self, source: int, ranges: list[tuple[int, int]], size: int, *, compare: bool = True) -> CaptureResult:
+        """Capture a generation over the last one, which it follows."""
+        result = self.attempt(source, ranges, size, compare=compare)
+        self.follow(result)
+        return result
+
+    def attempt(self, source: int, ranges: list[tuple[int, int]], size: int, *, compare: bool = True) -> CaptureResult:
+        """Capture a generation over the last one."""
+        parent = self.reader
+        writer = BuildWriter(self.builds / str(uuid4()))
+        self.undo.callback(writer.close)
+        header = parent.header if parent else None
+        result = capture(source, ranges, parent if compare else None, header, writer, size)
+        writer.finish()
+        return result
+
+    def follow(self, result: CaptureResult) -> None:
+        """Let the next generation come after this one."""
+        self.reader = MemoryReader(result.header, self.builds)
+        self.undo.callback(self.reader.close)
+
+    def content(self, result: CaptureResult) -> bytes:
+        """The whole memory of a generation."""
+        with MemoryReader(result.header, self.builds) as reader:
+            return reader.read(0, result.header.memory_bytes)
+
+
+@pytest.fixture
+def generations(tmp_path) -> Iterator[Generations]:
+    """None yet."""
+    with ExitStack() as undo:
+        yield Generations(tmp_path, undo)
