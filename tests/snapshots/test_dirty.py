@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agent.snapshots import pagemap
 from agent.snapshots.capture import grab
 from agent.snapshots.dirty import ContentDirty, Descent, PagemapDirty, detect
-from agent.snapshots.memory_file import SourceUnreadable, data_within, holes_within
+from agent.snapshots.memory_file import data_within, holes_within
 from agent.snapshots.pagemap import PAGE, merge
 
 PAGES = 128
@@ -217,19 +217,6 @@ def test_a_vmm_that_is_gone_is_no_answer(run_with_memory):
     process.stop()
     with pytest.raises(pagemap.ProcessGone):
         detect(process.memory)
-
-
-def test_a_memory_that_its_vmm_cut_is_told(run_with_memory, generations):
-    """The memory file is the VMM's, and the VMM may be the guest's."""
-    process = run_with_memory(SIZE)
-    process.do("write", 0, SIZE, 7)
-    os.ftruncate(process.writable, SIZE // 2)
-    with pytest.raises(SourceUnreadable, match="cut"):
-        generations.take(process.memory.fd, [(0, SIZE)], SIZE)
-    with pytest.raises(SourceUnreadable, match="cut"), ExitStack() as undo:
-        target = os.memfd_create("grabbed")
-        undo.callback(os.close, target)
-        grab(process.memory, [(0, SIZE)], target)
 
 
 def test_without_a_parent_everything_that_is_there_is_dirty(run_with_memory, tracker):
