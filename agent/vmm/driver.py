@@ -258,7 +258,8 @@ class VmDriver(Protocol):
     async def restore(self, spec: VmSpec, saved: VmState) -> Vm:
         """Start a VM where another was saved; it is paused when this returns, and `Vm.resume` sets it going.
 
-        `spec` must be that of the saved VM in vCPUs, memory and the content of the disk; the rest may differ.
+        `spec` must be that of the saved VM in vCPUs, memory and the content of the disk; the rest may differ. (Not
+        every VMM notices if it is not.)
         `kernel`, `initramfs` and `kernel_arguments` are not used. Any number of VMs may be restored from one state.
         Whoever listens at the page socket must serve page faults from the start. Raises VmStartFailed. Cancelled, it
         leaves nothing running.

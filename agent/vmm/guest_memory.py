@@ -44,8 +44,11 @@ def find_memory(pid: int, size: int) -> GuestMemory:
 
 
 def has_userfaultfd(pid: int) -> bool:
-    """Tell whether a process has a userfaultfd open; blocks. Raises OSError."""
-    return any(link == USERFAULTFD for _, link in _descriptors(pid))
+    """Tell whether a process has a userfaultfd open; one that has gone has none. Blocks."""
+    try:
+        return any(link == USERFAULTFD for _, link in _descriptors(pid))
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def _find_mapping(pid: int, size: int) -> Mapping:

@@ -74,6 +74,8 @@ class QemuDriver(VmDriver):
         async with self._started(spec, None) as vm:
             with trio.move_on_after(BOOT_TIMEOUT):
                 await vm.wait_ready()
+                if self._launcher.shim is not None and not await vm.tracks_writes():
+                    log.warning("written_pages_not_tracked", sandbox_id=spec.sandbox_id, reason=vm.last_words())
                 return vm
             raise VmStartFailed(f"QEMU did not answer within {BOOT_TIMEOUT:g} s{vm.last_words()}")
 

@@ -46,9 +46,10 @@ class QemuControl:
         self._lock = trio.Lock()
 
     @asynccontextmanager
-    async def connect(self, *, timeout: float = QMP_TIMEOUT) -> AsyncIterator[QmpClient]:  # noqa: ASYNC109
-        """Wait for a turn and connect; `timeout` seconds until QEMU executes commands. Raises QmpError."""
-        async with self._lock, qmp.connect(self._directory, CONTROL_SOCKET, timeout=timeout) as client:
+    async def connect(self, *, patience: float | None = None) -> AsyncIterator[QmpClient]:
+        """Wait for a turn and connect; `patience` in seconds until QEMU executes commands. Raises QmpError."""
+        seconds = QMP_TIMEOUT if patience is None else patience
+        async with self._lock, qmp.connect(self._directory, CONTROL_SOCKET, timeout=seconds) as client:
             yield client
 
     async def pause(self) -> None:

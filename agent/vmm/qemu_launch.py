@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.vmm.ownership import give
 from agent.vmm.process import WatchedProcess, spawn
 from agent.vmm.qemu_command import Accelerator, Inherited, qemu_command
 from agent.vmm.qemu_control import CONTROL_SOCKET
@@ -52,7 +53,7 @@ class Launcher:
                 inherited=Inherited(control.fileno(), events.fileno(), chain),
                 restored=page_socket is not None,
             )
-            os.chown(spec.disk, spec.uid, spec.gid, follow_symlinks=False)
+            give(spec.disk, spec.uid, spec.gid)
             watched = spawn(
                 (*self._preload(spec, device, page_socket), *command),
                 directory=spec.directory,

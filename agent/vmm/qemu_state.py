@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from agent.vmm.driver import VmStateFailed
-from agent.vmm.qmp import QmpError, QmpRefused
+from agent.vmm.qmp import QmpError, QmpRefused, QmpViolation
 
 if TYPE_CHECKING:
     from agent.vmm.qmp import QmpClient
@@ -104,7 +104,10 @@ async def load(client: QmpClient, state: int) -> None:
     await _leave_memory_out(client)
     await client.execute("migrate-incoming", timeout=math.inf, uri=f"fd:{DESCRIPTOR}")
     while True:
-        if (await client.execute("query-status", timeout=math.inf))["status"] != "inmigrate":
+        answer = await client.execute("query-status", timeout=math.inf)
+        if not isinstance(answer, dict) or "status" not in answer:
+            raise QmpViolation("QEMU does not tell its status")
+        if answer["status"] != "inmigrate":
             return
         await trio.sleep(POLL_INTERVAL)
 

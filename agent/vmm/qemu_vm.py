@@ -25,6 +25,7 @@ from agent.vmm.driver import (
     VmWillNotDie,
 )
 from agent.vmm.guest_memory import find_memory, has_userfaultfd
+from agent.vmm.ownership import give
 from agent.vmm.qemu_command import CONSOLE
 from agent.vmm.qemu_control import DYING_TIMEOUT, QMP_TIMEOUT, QemuControl
 from agent.vmm.qmp import QmpClient, QmpError, QmpUnreachable
@@ -93,7 +94,7 @@ class QemuVm(Vm):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._cancel_on_exit, nursery.cancel_scope)
             try:
-                async with self._control.connect(timeout=math.inf) as client:
+                async with self._control.connect(patience=math.inf) as client:
                     await client.execute("query-status", timeout=QMP_TIMEOUT)
                     if state is not None:
                         await self._load_state(client, state)
@@ -133,7 +134,7 @@ class QemuVm(Vm):
         if self._process.has_exited():
             return printable(self._console)
         try:
-            async with self._control.connect(timeout=QMP_TIMEOUT) as client:
+            async with self._control.connect(patience=QMP_TIMEOUT) as client:
                 await self._drain_console(client)
         except QmpError as error:
             log.debug("console_unavailable", sandbox_id=self._spec.sandbox_id, error=str(error))
@@ -163,7 +164,7 @@ class QemuVm(Vm):
     async def pivot_disk(self, overlay: Path) -> None:
         """See Vm."""
         try:
-            os.chown(overlay, self._spec.uid, self._spec.gid, follow_symlinks=False)
+            await trio.to_thread.run_sync(give, overlay, self._spec.uid, self._spec.gid)
         except OSError as error:
             raise VmCommandFailed(f"the disk cannot be pivoted: {error}") from error
         await self._control.pivot_disk(overlay)
@@ -180,13 +181,17 @@ class QemuVm(Vm):
             raise VmGone("QEMU has ended")
         return memory
 
+    async def tracks_writes(self) -> bool:
+        """Tell whether the guest's memory is registered with userfaultfd."""
+        return await trio.to_thread.run_sync(has_userfaultfd, self.process.pid)
+
     def last_words(self) -> str:
         """What QEMU itself said last, ready to be appended to a sentence."""
         tail = "" if self._output is None else last_lines(self._output.tail(), lines=5, characters=1000)
         return f"; it said: {tail}" if tail else ""
 
     async def _load_state(self, client: QmpClient, state: int) -> None:
-        if not await trio.to_thread.run_sync(has_userfaultfd, self.process.pid):
+        if not await self.tracks_writes():
             raise VmStartFailed("QEMU's memory is not registered with userfaultfd: it would be empty")
         await qemu_state.load(client, state)
 

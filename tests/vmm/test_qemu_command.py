@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent.vmm.driver import VmSpec
-from agent.vmm.qemu_command import Accelerator, Inherited, qemu_command
+from agent.vmm.qemu_command import Accelerator, Inherited, overlay_node, qemu_command
 
 SPEC = VmSpec(
     sandbox_id="sb1",
@@ -71,12 +71,51 @@ def test_the_system_call_filter_is_complete():
     assert values(command(), "-sandbox") == ["on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]
 
 
+def test_the_disks_chain_is_given_whole():
+    """Base, layers, overlay: each on the one before, the lower ones read-only, by descriptor and not locked."""
+    spec = replace(SPEC, base=Path("/images/root.ext4"), layers=(Path("/layers/a.qcow2"), Path("/layers/b.qcow2")))
+    given = command(spec, chain=(7, 8, 9))
+    assert values(given, "-add-fd") == ["fd=7,set=0", "fd=8,set=1", "fd=9,set=2"]
+    node = json.loads(values(given, "-blockdev")[0])
+    assert node["file"]["filename"] == "/state/sb1/disk,x.qcow2"
+    below = []
+    while (node := node.get("backing")) is not None:
+        file = node["file"]
+        assert (node["read-only"], file["read-only"], file["locking"]) == (True, True, "off")
+        below.append((node["driver"], file["filename"]))
+    assert below == [("qcow2", "/dev/fdset/2"), ("qcow2", "/dev/fdset/1"), ("raw", "/dev/fdset/0")]
+
+
+def test_a_restored_vm_waits_for_its_state():
+    """No kernel is loaded, nothing is executed; all else is as it was when the VM was saved."""
+    booted, restored = list(command()), list(command(restored=True))
+    assert values(restored, "-incoming") == ["defer"]
+    at = restored.index("-incoming")
+    assert restored[at : at + 3] == ["-incoming", "defer", "-S"]
+    del restored[at : at + 3]
+    at = booted.index("-kernel")
+    assert booted[at : at + 6 : 2] == ["-kernel", "-initrd", "-append"]
+    del booted[at : at + 6]
+    assert booted == restored
+
+
+def test_a_pivots_overlay_stands_on_nothing():
+    """QEMU puts it on the disk as it is; whatever the file itself names is not opened."""
+    node = overlay_node(Path("/state/sb1/next.qcow2"), "disk-1")
+    assert node["backing"] is None
+    assert node["file"]["node-name"] == "disk-1-file"
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"disk": Path("disk.raw")},
         {"kernel": Path("vmlinux")},
         {"directory": Path("here")},
+        {"base": Path("root.ext4")},
+        {"base": Path("/root.ext4"), "layers": (Path("a.qcow2"),)},
+        {"layers": (Path("/a.qcow2"),)},
+        {"base": Path("/root.ext4"), "disk_format": "raw"},
         {"vcpus": 0},
         {"memory_mb": 0},
         {"sandbox_id": "../up"},

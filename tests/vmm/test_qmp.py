@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import tempfile
 from contextlib import suppress
 
 import pytest
@@ -44,6 +47,21 @@ async def test_arguments_reach_qemu(pair):
     await client.execute("ringbuf-read", timeout=5, device="console", size=10)
     sent = await server.receive_some()
     assert sent == b'{"execute":"ringbuf-read","arguments":{"device":"console","size":10},"id":1}\n'
+
+
+async def test_a_descriptor_is_handed_over(pair):
+    """It travels with its command; ours stays open."""
+    client, server = pair
+    await server.send_all(OK)
+    with tempfile.TemporaryFile() as file:
+        file.write(b"content")
+        file.flush()
+        await client.give("state", file.fileno(), timeout=5)
+        text, (received,), _, _ = socket.recv_fds(server.socket._sock, 4096, 1)
+        assert text == b'{"execute":"getfd","arguments":{"fdname":"state"},"id":1}\n'
+        assert os.pread(received, 20, 0) == b"content"
+        os.close(received)
+        assert os.fstat(file.fileno()).st_size == 7
 
 
 async def test_a_refusal_is_typed_and_the_connection_goes_on(pair):

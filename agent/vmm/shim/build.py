@@ -55,7 +55,8 @@ def find_shim(directory: Path) -> Path:
 
 def _build(path: Path) -> None:
     """Compile to a name of our own first: of two agents that build at once, both end with a whole file."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.chmod(0o755)  # whatever our umask is
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         output = Path(scratch) / path.name
         _run([COMPILER, *FLAGS, "-o", str(output), str(SOURCE)])
