@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -17,6 +18,7 @@ from agent.doctor.report import exit_code, render
 from agent.enrol.errors import EnrolError
 from agent.net.errors import NetworkError
 from agent.net.host_network import lock_host_network
+from agent.pager.supervisor import stop_pager
 from agent.sandboxes.adoption import StateDirectoryInUse, lock_state_directory
 from agent.sandboxes.purge import purge as purge_host
 from agent.sandboxes.records import StateDirectory
@@ -65,7 +67,8 @@ def purge(*, yes: bool) -> None:  # noqa: ARG001 - click demands it
         lock_state_directory(state.root)
         lock_host_network()
         parts = await daemon.make_parts(settings, state)
-        count = await purge_host(parts, state.root / daemon.HOST_NETWORK_FILE)
+        stop = partial(stop_pager, state.root / daemon.PAGER_DIRECTORY)
+        count = await purge_host(parts, state.root / daemon.HOST_NETWORK_FILE, stop)
         click.echo(f"{count} sandboxes ended")
 
     try:

@@ -18,7 +18,11 @@ RESERVED_MEMORY_MB = 1024
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`url` and `token` are needed once, to register; then the credentials file has everything.
 
-    Sizes are MiB. `address` is where the control plane reaches this agent (host:port); by default the bound one.
+    Sizes are MiB. At a time: `boots_at_once` cold boots, `restores_at_once` starts from snapshots, `captures_at_once`
+    pauses and checkpoints. `golden`: keep snapshots of booted images, at most `golden_limit`, to create sandboxes from;
+    those of `golden_shapes` (vCPUs x MiB, comma-separated) ahead of need. `prefetch`: bring back what a resumed sandbox
+    used first the last time, before it asks. `address` is where the control plane reaches this agent (host:port); by
+    default the bound one.
     """
 
     state: str = "/var/lib/capsule/agent"
@@ -33,6 +37,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     slot_count: Annotated[int, msgspec.Meta(ge=1, le=65000)] = 1000
     slots_ahead: Annotated[int, msgspec.Meta(ge=0, le=64)] = 4
     boots_at_once: Annotated[int, msgspec.Meta(ge=1, le=256)] = 4
+    restores_at_once: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8
+    captures_at_once: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    prefetch: bool = True
+    golden: bool = True
+    golden_shapes: str = "1x512"
+    golden_limit: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16
     uid_base: Annotated[int, msgspec.Meta(ge=1000)] = 2_000_000
     guest_dns: str = "1.1.1.1,8.8.8.8"
     guest_timeout: Annotated[float, msgspec.Meta(gt=0)] = 90.0

@@ -2,8 +2,11 @@
 
 serve
 ├─ signals                     SIGTERM, SIGINT: drain, then cancel; VMs live on
+├─ pager                       process supervisor, connection; it outlives us
 ├─ slot pool                   (service)
-├─ manager                     → sandbox actor xN → guest link, VM watch
+├─ manager                     → sandbox life xN → guest link, VM watch, compaction
+├─ reaper                      asks idle sandboxes to pause
+├─ golden snapshots            → scratch VM
 ├─ wire listener               → peer per control plane → handler per stream
 └─ heartbeat                   nothing may delay it
 """
@@ -15,9 +18,7 @@ import platform
 import resource
 import shutil
 import signal
-from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,11 @@ import structlog
 import trio
 
 from agent.actor.server import ServerPeer
+from agent.actor.settings import SettingsError
+from agent.actor.supervise import RestartPolicy, supervise
 from agent.actor.tls import TlsStream, serve_tls
 from agent.actor.watchdog import LoopWatchdog
+from agent.config import PREFIX
 from agent.enrol.credentials import Credentials, CredentialsFile
 from agent.enrol.heartbeat import Heartbeat
 from agent.enrol.identity import install_certificate, is_control_plane, server_ssl_context
@@ -37,15 +41,21 @@ from agent.net.backend import NamespaceSlotBackend
 from agent.net.host_network import ensure_host_network, lock_host_network
 from agent.net.pool import SlotPool
 from agent.net.threads import run_in_slot_thread
+from agent.pager.client import PagerClient
+from agent.pager.service import PagerError
+from agent.pager.supervisor import PagerSupervisor
 from agent.sandboxes.adoption import adopt_all, lock_state_directory
+from agent.sandboxes.description import describe
+from agent.sandboxes.golden import GoldenSnapshots, no_golden, parse_shapes
 from agent.sandboxes.handlers import Handlers
 from agent.sandboxes.manager import Manager
 from agent.sandboxes.outbox import Outbox
 from agent.sandboxes.parts import HostParts
+from agent.sandboxes.reaper import reap
 from agent.sandboxes.records import StateDirectory
+from agent.snapshots.store import SnapshotStore
 from agent.storage.qcow2 import Qcow2Overlays
 from agent.vmm.qemu import detect_qemu
-from agent.wire.calls import HostDescription, TemplateDescription
 
 if TYPE_CHECKING:
     from agent.config import Settings
@@ -54,8 +64,13 @@ log = structlog.get_logger()
 
 HOST_NETWORK_FILE = "host-network.json"
 CREDENTIALS_FILE = "credentials.json"
+PAGER_DIRECTORY = "pager"
 HARD_DEADLINE = 20
 """Seconds from the stop request to the end of the process, whatever hangs: the kernel's alarm sees to it."""
+BACKGROUND = RestartPolicy(max_delay=60)
+"""What nobody waits for is no reason to end."""
+PAGER_SECONDS = 20
+"""For the pager to answer before we go on without it: sandboxes can be created and destroyed all the same."""
 REGISTER_SECONDS = 15
 """For spending the one-time token and writing down what it bought: a stop in between would waste it."""
 
@@ -99,8 +114,9 @@ async def _serve_host(
     serving: trio.Event,
 ) -> None:
     parts = await make_parts(settings, state)
-    manager = Manager(parts, memory_mb=settings.memory_for_guests())
-    handlers = Handlers(manager, parts.outbox, partial(describe, settings, parts))
+    golden = make_golden(settings, parts)
+    manager = Manager(parts, memory_mb=settings.memory_for_guests(), golden=golden.find if golden else no_golden)
+    handlers = Handlers(manager, parts.outbox, partial(describe, parts, manager.admission))
     tls = server_ssl_context(credentials)
     heartbeat = Heartbeat(
         control_plane,
@@ -109,21 +125,43 @@ async def _serve_host(
         on_renewed=partial(install_certificate, tls),
     )
     peers: set[ServerPeer] = set()
-    adopted = await adopt_all(parts)
     async with trio.open_nursery() as nursery:
+        await nursery.start(keep_pager, parts, state.root / PAGER_DIRECTORY)
+        found = await adopt_all(parts)
         await nursery.start(parts.slots.run)
-        await nursery.start(manager.run, adopted)
+        await nursery.start(manager.run, found)
+        nursery.start_soon(supervise, "reaper", partial(reap, manager), BACKGROUND)
+        if golden is not None:
+            make = partial(golden.run, found.golden, manager.admission)
+            nursery.start_soon(supervise, "golden_snapshots", make, BACKGROUND)
         serve_peer = partial(_serve_peer, handlers, peers)
         port = await nursery.start(
             partial(serve_tls, serve_peer, host=settings.bind_host, port=settings.bind_port, context=tls)
         )
         await nursery.start(heartbeat.run)
-        log.info("agent_serving", host_id=credentials.host_id, port=port, driver=parts.vms.name, adopted=len(adopted))
+        log.info("agent_serving", host_id=credentials.host_id, port=port, driver=parts.vms.name)
         serving.set()
         await stop.wait()
         manager.drain()
         await _drain(peers, settings.drain_seconds)
         nursery.cancel_scope.cancel()
+
+
+async def keep_pager(
+    parts: HostParts, directory: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+) -> None:
+    """The pager's process, and our connection to it, until cancelled. Started when it answers, or takes too long."""
+    client = parts.pager
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(PagerSupervisor(directory).run)
+        if isinstance(client, PagerClient):
+            await nursery.start(client.run)
+        with trio.move_on_after(PAGER_SECONDS):
+            try:
+                await client.statistics()
+            except PagerError as err:
+                log.error("pager_not_ready", error=str(err))  # noqa: TRY400 - the error says it
+        task_status.started()
 
 
 async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:
@@ -139,7 +177,12 @@ async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:
         slot_backend=backend,
         overlays=Qcow2Overlays(),
         vms=await detect_qemu(),
+        snapshots=SnapshotStore(state.snapshots),
+        pager=PagerClient(state.root / PAGER_DIRECTORY),
         connect_guest=GuestLink,
+        prefetch=settings.prefetch,
+        restores=trio.CapacityLimiter(settings.restores_at_once),
+        captures=trio.CapacityLimiter(settings.captures_at_once),
         boots=trio.CapacityLimiter(settings.boots_at_once),
         uid_base=settings.uid_base,
         guest_dns=tuple(part.strip() for part in settings.guest_dns.split(",") if part.strip()),
@@ -147,35 +190,15 @@ async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:
     )
 
 
-async def describe(settings: Settings, parts: HostParts) -> HostDescription:
-    """What this host is and has."""
-    disk = await trio.to_thread.run_sync(shutil.disk_usage, parts.state.root)
-    return HostDescription(
-        version=version("capsule"),
-        driver=parts.vms.name,
-        cpu_cores=os.cpu_count() or 1,
-        memory_mb=settings.memory_for_guests(),
-        disk_mb=disk.total // 2**20,
-        disk_free_mb=disk.free // 2**20,
-        templates=await trio.to_thread.run_sync(_templates, parts.images),
-    )
-
-
-def _templates(images: ImageStore) -> list[TemplateDescription]:
-    found: list[TemplateDescription] = []
-    for image in images.list():
-        with suppress(FileNotFoundError):  # collected since it was listed
-            found.append(
-                TemplateDescription(
-                    name=image.name,
-                    digest=image.digest,
-                    disk_mb=image.disk_mb,
-                    size_bytes=image.rootfs.stat().st_blocks * 512,
-                    platform=image.platform,
-                    created_at=image.created_at.timestamp(),
-                )
-            )
-    return found
+def make_golden(settings: Settings, parts: HostParts) -> GoldenSnapshots | None:
+    """The maker of golden snapshots, if there shall be any. Raises SettingsError."""
+    if not settings.golden:
+        return None
+    try:
+        shapes = parse_shapes(settings.golden_shapes)
+    except ValueError as err:
+        raise SettingsError(f"{PREFIX}GOLDEN_SHAPES: {err}") from err
+    return GoldenSnapshots(parts, shapes=shapes, limit=settings.golden_limit)
 
 
 async def _stored_url(root: Path) -> str:

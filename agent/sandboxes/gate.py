@@ -38,6 +38,11 @@ class Gate:
         async with self._limiter:
             yield
 
+    def busy(self) -> bool:
+        """Whether a call runs or waits."""
+        figures = self._limiter.statistics()
+        return bool(figures.borrowed_tokens or figures.tasks_waiting)
+
     def statistics(self) -> trio.CapacityLimiterStatistics:
         """Calls running and waiting."""
         return self._limiter.statistics()

@@ -18,13 +18,14 @@ from agent.wire.calls import (
     NOTICE_CHANNEL,
     Acknowledge,
     CreateSandbox,
+    CreateSnapshot,
     HostDescription,
     SandboxRef,
+    SnapshotRef,
     body_of,
     parse,
 )
 from agent.wire.faults import Fault, FaultCode
-from agent.wire.lifecycle import Status
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -55,6 +56,17 @@ class Handlers:
         """Answer one request."""
         if method in GUEST_METHODS:
             return await self._call_guest(method, body, stream)
+        kind, _, _ = method.partition(".")
+        match kind:
+            case "host":
+                return await self._host(method, body, stream)
+            case "sandbox":
+                return await self._sandbox(method, body, stream)
+            case "snapshot":
+                return await self._snapshot(method, body, stream)
+        raise _unknown(method)
+
+    async def _host(self, method: str, body: dict[str, Any], stream: ServedStream) -> dict[str, Any]:
         match method:
             case "host.describe":
                 return body_of(await self._describe())
@@ -67,17 +79,36 @@ class Handlers:
                 if self._outbox.entries():
                     self._manager.changed()  # a listing shows only so many of them
                 return {}
-            case "sandbox.create":
-                sandbox = await self._manager.create(parse(CreateSandbox, body))
-                return body_of(await sandbox.started.wait(deadline=stream.deadline))
+        raise _unknown(method)
+
+    async def _sandbox(self, method: str, body: dict[str, Any], stream: ServedStream) -> dict[str, Any]:
+        manager, deadline = self._manager, stream.deadline
+        if method == "sandbox.create":
+            sandbox = await manager.create(parse(CreateSandbox, body))
+            return body_of(await sandbox.started.wait(deadline=deadline))
+        name = parse(SandboxRef, body).sandbox_id
+        match method:
             case "sandbox.destroy":
-                await self._manager.destroy(parse(SandboxRef, body).sandbox_id, deadline=stream.deadline)
+                await manager.destroy(name, deadline=deadline)
                 return {}
             case "sandbox.ping":
-                self._manager.find(parse(SandboxRef, body).sandbox_id).guest()
+                manager.find(name).guest()
                 return {}
-            case _:
-                raise Fault(FaultCode.UNKNOWN_METHOD, f"this agent does not know {method}")
+            case "sandbox.pause":
+                return body_of(await manager.find(name).pause().wait(deadline=deadline))
+            case "sandbox.resume":
+                return body_of(await (await manager.resume(name)).wait(deadline=deadline))
+        raise _unknown(method)
+
+    async def _snapshot(self, method: str, body: dict[str, Any], stream: ServedStream) -> dict[str, Any]:
+        match method:
+            case "snapshot.create":
+                state = await self._manager.snapshot(parse(CreateSnapshot, body), deadline=stream.deadline)
+                return body_of(state)
+            case "snapshot.remove":
+                await self._manager.named.remove(parse(SnapshotRef, body).snapshot_id)
+                return {}
+        raise _unknown(method)
 
     async def _watch(self, stream: ServedStream) -> dict[str, Any]:
         """A notice per change, as fast as the watcher reads; changes in between melt into one."""
@@ -104,13 +135,18 @@ class Handlers:
         sandbox.guest()
         async with self._room_for_a_call(), sandbox.gate.enter():
             timeout = served.deadline - trio.current_time()
+            guest = sandbox.guest()
             try:
-                async with sandbox.guest().open_stream(method, question, timeout=timeout) as opened:
+                async with guest.open_stream(method, question, timeout=timeout) as opened:
                     return await _join(served, opened)
             except Fault as fault:
-                raise _explain(fault, ended=sandbox.ending()) from fault
+                raise _explain(fault, sandbox.explain_lost(guest)) from fault
             finally:
-                sandbox.touch()
+                sandbox.call_ended()
+
+
+def _unknown(method: str) -> Fault:
+    return Fault(FaultCode.UNKNOWN_METHOD, f"this agent does not know {method}")
 
 
 async def _join(served: ServedStream, opened: OpenedStream) -> dict[str, Any]:
@@ -137,16 +173,16 @@ async def _quietly(up: Callable[[], Awaitable[None]]) -> None:
         return
 
 
-def _explain(fault: Fault, *, ended: bool) -> Fault:
-    """A guest's fault, or a lost guest connection, in words for the user."""
+def _explain(fault: Fault, lost: Fault | None) -> Fault:
+    """A guest's fault, or a lost guest connection (`lost`: by the host's doing), in words for the user."""
     if fault.code in HOSTS_ALONE:
         return Fault(FaultCode.UNAVAILABLE, "the sandbox takes no calls now", retryable=True)
     if fault.code != FaultCode.UNAVAILABLE:
         # `object` is our word for what was not found on this host; a guest cannot say that its sandbox is gone.
         details = {key: value for key, value in fault.details.items() if key != "object"}
         return Fault(fault.code, fault.message, retryable=fault.retryable, details=details)
-    if ended:
-        return Fault(FaultCode.INVALID_STATE, "the sandbox was stopped", details={"status": Status.STOPPING})
+    if lost is not None:
+        return lost
     return Fault(
         FaultCode.UNAVAILABLE, "the connection into the sandbox was lost; its state is unknown", retryable=True
     )

@@ -8,28 +8,38 @@ Dies when: the daemon stops. The sandboxes' VMs live on.
 
 from __future__ import annotations
 
-import shutil
 from collections import OrderedDict
+from functools import partial
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import structlog
 import trio
 
 from agent.images.errors import ImagesError
+from agent.sandboxes.admission import Admission, check_disk
+from agent.sandboxes.build import Start
+from agent.sandboxes.life import Adopted, Life, Rested
+from agent.sandboxes.made import as_fault, damaged
+from agent.sandboxes.named import NamedSnapshots
 from agent.sandboxes.records import Record
 from agent.sandboxes.sandbox import Sandbox
-from agent.wire.calls import VMM_MEMORY_MB, CreateSandbox, HostListing
+from agent.snapshots.errors import SnapshotDamaged, SnapshotError
+from agent.wire.calls import CreateSandbox, CreateSnapshot, HostListing, SnapshotState
 from agent.wire.faults import Fault, FaultCode
+from agent.wire.lifecycle import Status
 
 if TYPE_CHECKING:
-    from agent.images.store import Image
-    from agent.sandboxes.adoption import Adopted
+    from collections.abc import Callable, Iterable
+
+    from agent.actor.mailbox import ReplySlot
+    from agent.sandboxes.adoption import Found
+    from agent.sandboxes.made import Golden
     from agent.sandboxes.parts import HostParts
+    from agent.snapshots.manifest import Manifest
+    from agent.wire.calls import SandboxState
 
 log = structlog.get_logger()
-
-DISK_RESERVE_MB = 2048
-"""Disk that new sandboxes leave alone: overlays grow, and the host needs some for itself."""
 
 MAX_TOMBSTONES = 4096
 """Ids remembered as ended, so that a create that was held up on the way cannot bring one back."""
@@ -39,40 +49,44 @@ MAX_LISTED_ENTRIES = 256
 
 
 class Manager:
-    """Everything that lives here."""
+    """Everything that lives here. `golden`: the snapshot that a boot of this record would end as, if there is one."""
 
-    def __init__(self, parts: HostParts, *, memory_mb: int) -> None:
+    def __init__(
+        self, parts: HostParts, *, memory_mb: int, golden: Callable[[Record], Golden | None] = lambda _: None
+    ) -> None:
         self._parts = parts
-        self._memory_mb = memory_mb
         self._sandboxes: dict[str, Sandbox] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._nursery: trio.Nursery | None = None
-        self._draining = False
+        self._golden = golden
+        self.admission = Admission(memory_mb, self._sandboxes)
+        self.named = NamedSnapshots(parts, self.changed)
         self.version = 0
         self._changed = trio.Event()
 
-    async def run(
-        self, adopted: list[Adopted], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        """Own the actors, beginning with the adopted ones; until cancelled."""
+    async def run(self, found: Found, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the actors, beginning with those that were found; until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for one in adopted:
-                sandbox = Sandbox(self._parts, one.record, self.changed)
-                self._sandboxes[sandbox.id] = sandbox
-                nursery.start_soon(self._keep, sandbox, one)
+            self.named.begin(found.named)
+            for one in found.running:
+                self._begin(nursery, one.record, Adopted(one.vm, one.slot))
+            for record in found.resting:
+                self._begin(nursery, record, Rested())
             task_status.started()
             try:
                 await trio.sleep_forever()
             finally:
                 self._nursery = None  # a create that comes now is refused, not a bug
 
-    async def _keep(self, sandbox: Sandbox, start: Adopted | dict[str, str]) -> None:
+    def _begin(self, nursery: trio.Nursery, record: Record, begin: Start | Adopted | Rested) -> Sandbox:
+        sandbox = self._sandboxes[record.sandbox_id] = Sandbox(record, self.changed)
+        nursery.start_soon(self._keep, sandbox, begin)
+        return sandbox
+
+    async def _keep(self, sandbox: Sandbox, begin: Start | Adopted | Rested) -> None:
         try:
-            if isinstance(start, dict):
-                await sandbox.run(envs=start)
-            else:
-                await sandbox.run_adopted(start.vm, start.slot)
+            await Life(self._parts, sandbox, self.admission, self.named).run(begin)
         finally:
             # Nobody can have taken its place: `_admit` makes none while the id is in the table.
             del self._sandboxes[sandbox.id]
@@ -85,36 +99,32 @@ class Manager:
         existing = self._existing(request.sandbox_id)
         if existing is not None:
             return existing
-        try:
-            image, free_mb = await trio.to_thread.run_sync(self._look, request.template)
-        except ImagesError as err:
-            log.warning("image_not_loaded", template=request.template, error=str(err))
-            raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
-        if free_mb < DISK_RESERVE_MB:
-            raise Fault(FaultCode.NO_CAPACITY, f"this host has only {free_mb} MiB of disk left", retryable=True)
-        return self._admit(request, image)
+        record = await trio.to_thread.run_sync(self._look, request)
+        return self._admit(request, record)
 
-    def _look(self, template: str) -> tuple[Image, int]:
-        """The image, and how much disk the host has left. Blocks."""
-        return self._parts.images.load(template), shutil.disk_usage(self._parts.state.root).free // 2**20
+    def _look(self, request: CreateSandbox) -> Record:
+        """What the sandbox is to be made from. Blocks. Raises Fault."""
+        if request.snapshot_id is not None:
+            record = self._record_of_snapshot(request, request.snapshot_id)
+        else:
+            record = self._record_of_image(request)
+        check_disk(self._parts.state.root)
+        return record
 
-    def _admit(self, request: CreateSandbox, image: Image) -> Sandbox:
+    def _admit(self, request: CreateSandbox, record: Record) -> Sandbox:
         """Without waiting between the questions and the entry in the table: two at once get one sandbox."""
         existing = self._existing(request.sandbox_id)
         if existing is not None:
             return existing
-        if self._draining or self._nursery is None:
+        if self._nursery is None:
             raise Fault(FaultCode.DRAINING, "this host takes no new sandboxes", retryable=True)
-        taken = sum(sandbox.memory_mb() + VMM_MEMORY_MB for sandbox in self._sandboxes.values())
-        if taken + request.memory_mb + VMM_MEMORY_MB > self._memory_mb:
-            raise Fault(
-                FaultCode.NO_CAPACITY,
-                f"{request.memory_mb} MiB do not fit: {taken} of {self._memory_mb} MiB are taken on this host",
-                retryable=True,
-            )
-        sandbox = Sandbox(self._parts, self._record(request, image), self.changed)
-        self._sandboxes[sandbox.id] = sandbox
-        self._nursery.start_soon(self._keep, sandbox, dict(request.envs))
+        self.admission.check_create(request.memory_mb)
+        if request.snapshot_id is not None:
+            envs = None if request.keep_envs else dict(request.envs)
+            start = Start(envs, snapshot=UUID(request.snapshot_id))
+        else:
+            start = Start(dict(request.envs), golden=self._golden(record))
+        sandbox = self._begin(self._nursery, record, start)
         self.changed()
         return sandbox
 
@@ -125,8 +135,12 @@ class Manager:
             raise Fault(FaultCode.INVALID_STATE, "the sandbox has ended")
         return sandbox
 
-    @staticmethod
-    def _record(request: CreateSandbox, image: Image) -> Record:
+    def _record_of_image(self, request: CreateSandbox) -> Record:
+        try:
+            image = self._parts.images.load(request.template)
+        except ImagesError as err:
+            log.warning("image_not_loaded", template=request.template, error=str(err))
+            raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
         return Record(
             sandbox_id=request.sandbox_id,
             phase="making",
@@ -138,7 +152,48 @@ class Manager:
             kernel=str(image.kernel),
             initramfs=str(image.initramfs),
             rootfs=str(image.rootfs),
+            image_digest=image.digest,
+            timeout_sec=request.timeout_sec,
         )
+
+    def _record_of_snapshot(self, request: CreateSandbox, snapshot_id: str) -> Record:
+        manifest = self._manifest(snapshot_id)
+        if (request.vcpus, request.memory_mb) != (manifest.vcpus, manifest.memory_mb):
+            shape = f"{manifest.vcpus} vCPUs and {manifest.memory_mb} MiB"
+            raise Fault(FaultCode.INVALID_ARGUMENT, f"a sandbox of this snapshot has {shape}, no other shape")
+        return Record(
+            sandbox_id=request.sandbox_id,
+            phase="making",
+            template=manifest.image_name,
+            vcpus=manifest.vcpus,
+            memory_mb=manifest.memory_mb,
+            disk_mb=manifest.disk_mb,
+            hostname=request.hostname,
+            kernel=manifest.kernel,
+            initramfs=manifest.initramfs,
+            rootfs=manifest.rootfs,
+            image_digest=manifest.image_digest,
+            timeout_sec=request.timeout_sec,
+        )
+
+    def _manifest(self, snapshot_id: str) -> Manifest:
+        try:
+            return self._parts.snapshots.load(UUID(snapshot_id)).manifest
+        except SnapshotDamaged as err:
+            raise damaged(self._parts, str(err)) from err
+        except SnapshotError as err:
+            raise as_fault(err) from err
+
+    async def resume(self, sandbox_id: str) -> ReplySlot[SandboxState]:
+        """Ask for a resume. Fault `not_found`, `invalid_state`, `no_capacity`, `busy`."""
+        if self.find(sandbox_id).status is not Status.RUNNING:
+            await trio.to_thread.run_sync(check_disk, self._parts.state.root)
+        return self.find(sandbox_id).resume()
+
+    async def snapshot(self, request: CreateSnapshot, *, deadline: float) -> SnapshotState:
+        """A snapshot of a sandbox under a name of its own. Raises Fault."""
+        find = partial(self.find, request.sandbox_id)
+        return await self.named.create(request.snapshot_id, find, deadline=deadline)
 
     async def destroy(self, sandbox_id: str, *, deadline: float) -> None:
         """End a sandbox and wait until nothing is left; nothing to do for one that is not here."""
@@ -159,16 +214,23 @@ class Manager:
             raise Fault(FaultCode.NOT_FOUND, "this host does not have the sandbox", details={"object": "sandbox"})
         return sandbox
 
+    def all(self) -> Iterable[Sandbox]:
+        """Every sandbox, also paused ones, as of now."""
+        return list(self._sandboxes.values())
+
     def listing(self) -> HostListing:
-        """What lives here, and what the outbox holds; of very much only the oldest, until it is acknowledged."""
+        """What lives and rests here, and what the outbox holds; of very much only the oldest, until acknowledged."""
+        resting = {one.id for one in self._sandboxes.values() if one.status is Status.PAUSED}
         return HostListing(
-            sandboxes=[sandbox.state() for sandbox in self._sandboxes.values()],
+            sandboxes=[sandbox.state() for sandbox in self._sandboxes.values() if sandbox.id not in resting],
             outbox=self._parts.outbox.entries()[:MAX_LISTED_ENTRIES],
+            paused=sorted(resting),
+            snapshots=self.named.ids(),
         )
 
     def drain(self) -> None:
         """Take no new sandboxes, and let watchers go."""
-        self._draining = True
+        self.admission.draining = True
         self.changed()
 
     def changed(self) -> None:
@@ -179,9 +241,9 @@ class Manager:
 
     async def wait_changed(self, version: int) -> int | None:
         """The version now, as soon as it is not `version`; None when there is nothing more to wait for."""
-        while self.version == version and not self._draining:
+        while self.version == version and not self.admission.draining:
             await self._changed.wait()
-        return None if self._draining else self.version
+        return None if self.admission.draining else self.version
 
     def statistics(self) -> dict[str, int]:
         """Sandboxes by status."""

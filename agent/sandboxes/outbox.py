@@ -26,6 +26,9 @@ MAX_ENTRIES = 10_000
 
 REASON_CHARACTERS = 500
 
+Event = Literal["died", "destroyed", "auto_paused", "pause_failed"]
+"""See `agent.wire.calls.OutboxEntry`."""
+
 
 def _first_sequence() -> int:
     """Microseconds since the epoch: more than any outbox counted to before its file was lost."""
@@ -67,7 +70,7 @@ class Outbox:
         """Everything not acknowledged yet, oldest first."""
         return list(self._stored.entries)
 
-    async def append(self, sandbox_id: str, event: Literal["died", "destroyed"], reason: str) -> None:
+    async def append(self, sandbox_id: str, event: Event, reason: str) -> None:
         """Add an entry; on disk when this returns. Raises OSError, and then has not changed."""
         async with self._lock:
             entry = OutboxEntry(

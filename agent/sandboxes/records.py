@@ -4,6 +4,7 @@
     <state>/outbox.json                       see outbox.py
     <state>/sandboxes/<uuid>/record.json      one Record, replaced atomically
     <state>/sandboxes/<uuid>/disk.qcow2, …    what belongs to that sandbox alone
+    <state>/snapshots/                        see agent/snapshots/store.py
 
 A record is written before anything is made for its sandbox, and its directory goes last: whatever a crash leaves
 behind is found from here. All functions block on the disk: call them in a thread.
@@ -38,14 +39,30 @@ class ProcessRecord(msgspec.Struct, frozen=True):
     start_time: int
 
 
+Phase = Literal["making", "running", "paused", "removing", "damaged"]
+
+FIRST_DISK = "disk.qcow2"
+DISK = re.compile(r"disk(?:-(\d{1,9}))?\.qcow2")
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one sandbox. `phase` tells a restarted agent what to do:
 
-    making, removing: take down what is there; running: adopt it. `slot` 0: none was taken yet.
+    making, removing: take down what is there; running: adopt its VM; paused: end a VM that is still there, keep `base`;
+    damaged: its memory could not be served, everything stays for whoever wants to look.
+
+    `slot` 0: none was taken yet; of a paused one, the slot that a VM left over may still have.
+    `base`: the snapshot that it rests as, or that its next one is a difference to; "" for one that was never paused.
+    `origin`: the snapshot that the pager serves the running VM from; its owner, too.
+    The disk, bottom to top: `rootfs`, the layers of `base`, `frozen` and `disk` (names in its directory). `next_disk`:
+    the VM may write to that one already, it knows (a live checkpoint was under way).
+    `untracked`: the record of dirty pages does not begin at `base`; what changed must be found by comparison.
+    `untold`: a pause that the outbox does not have yet. `disk_bytes`: allocated by `base`, shared parts included.
+    `scattered`: `base` lies in so many builds or layers that one of each would be better.
     """
 
     sandbox_id: str
-    phase: Literal["making", "running", "removing"]
+    phase: Phase
     template: str
     vcpus: int
     memory_mb: int
@@ -57,6 +74,33 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     slot: int = 0
     process: ProcessRecord | None = None
     started_at: float = 0.0
+    image_digest: str = ""
+    timeout_sec: int = 0
+    base: str = ""
+    origin: str = ""
+    frozen: tuple[str, ...] = ()
+    disk: str = FIRST_DISK
+    next_disk: str = ""
+    untracked: bool = False
+    untold: str = ""
+    disk_bytes: int = 0
+    scattered: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError (for the reader of a file: a ValidationError) for names that are none of ours."""
+        if not all(DISK.fullmatch(name) for name in (self.disk, *self.frozen, self.next_disk or FIRST_DISK)):
+            raise ValueError("a disk has another name")
+        if not all(name == "" or SANDBOX_ID.fullmatch(name) for name in (self.base, self.origin)):
+            raise ValueError("a snapshot has another name")
+
+    def snapshots(self) -> set[str]:
+        """Ids of the snapshots that belong to this sandbox."""
+        return {name for name in (self.base, self.origin) if name}
+
+    def disk_after(self) -> str:
+        """A name for the next disk that no earlier one has."""
+        found = DISK.fullmatch(self.next_disk or self.disk)
+        return f"disk-{int(found[1] or 0) + 1 if found else 1}.qcow2"
 
 
 class StateDirectory:
@@ -65,6 +109,7 @@ class StateDirectory:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.sandboxes = root / "sandboxes"
+        self.snapshots = root / "snapshots"
 
     def prepare(self) -> None:
         """Make the directories. The VMM's user must reach its own sandbox's directory, and can list none."""
@@ -91,6 +136,25 @@ class StateDirectory:
         (directory / RECORD_FILE).unlink(missing_ok=True)
         with suppress(FileNotFoundError):
             shutil.rmtree(directory)
+
+    def read(self, sandbox_id: str) -> Record | None:
+        """The record on disk, None where it is missing, unreadable or another one's."""
+        return _read(self.directory(sandbox_id))
+
+    def tidy(self, record: Record) -> None:
+        """Remove all but the record from a paused sandbox's directory: disks, sockets and logs of its VMs."""
+        for entry in self.directory(record.sandbox_id).iterdir():
+            if entry.name == RECORD_FILE:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def forget_snapshots(self) -> None:
+        """Remove all snapshots, of whatever kind."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.snapshots)
 
     def load(self) -> dict[str, Record | None]:
         """Every sandbox directory with its record; None where the record is missing, unreadable or another one's."""

@@ -11,8 +11,8 @@ from sandbox_world import create_body, request, sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
 from agent.net import errors as net
-from agent.sandboxes import manager
-from agent.sandboxes.build import SLOT_TIMEOUT
+from agent.sandboxes import admission
+from agent.sandboxes.resuming import SLOT_TIMEOUT
 from agent.storage import overlay as storage
 from agent.vmm import driver as vmm
 from agent.wire.faults import Fault, FaultCode
@@ -236,7 +236,7 @@ async def test_a_disk_that_is_nearly_full(host, autojump_clock):
     """New sandboxes are refused while there is still room for those that run; one that is there is still found."""
     async with host.agent() as agent:
         await agent.create(ONE)
-        host.disk_free_mb = manager.DISK_RESERVE_MB - 1
+        host.disk_free_mb = admission.DISK_RESERVE_MB - 1
         with pytest.raises(Fault, match="2047 MiB of disk left") as caught:
             await agent.create(TWO)
         assert (caught.value.code, caught.value.retryable) == (FaultCode.NO_CAPACITY, True)

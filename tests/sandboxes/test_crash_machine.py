@@ -270,7 +270,7 @@ class Machine(RuleBasedStateMachine):
     async def _purge(self):
         self.host.dead = False
         self.host.crash_at = None
-        await purging.purge(self.host.new_agent().parts, self.root / "host-network.json")
+        await purging.purge(self.host.new_agent().parts, self.root / "host-network.json", trio.lowlevel.checkpoint)
 
 
 def test_any_history(monkeypatch):

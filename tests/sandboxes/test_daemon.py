@@ -43,6 +43,11 @@ def authority():
     return CertificateAuthority.create()
 
 
+async def keep_no_pager(parts, directory, *, task_status):
+    """The fake one needs no process."""
+    task_status.started()
+
+
 class Fleet:
     """A host with a daemon on it, and the control plane around it."""
 
@@ -63,11 +68,13 @@ class Fleet:
             bind_port=self.port,
             memory_mb=2048,
             drain_seconds=1.0,
+            golden=False,
         )
         lock = daemon.lock_state_directory
         monkeypatch.setattr(daemon, "lock_host_network", lambda: None)
         monkeypatch.setattr(daemon, "ensure_host_network", lambda _: None)
         monkeypatch.setattr(daemon, "make_parts", self.make_parts)
+        monkeypatch.setattr(daemon, "keep_pager", keep_no_pager)
         monkeypatch.setattr(daemon, "lock_state_directory", lambda root: self.locks.append(lock(root)))
         transport = httpx.MockTransport(self.answer)
         monkeypatch.setattr(daemon, "ControlPlane", partial(ControlPlane, transport=transport))

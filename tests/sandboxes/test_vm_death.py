@@ -9,7 +9,7 @@ import trio
 from sandbox_world import create_body, request, sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
-from agent.sandboxes.sandbox import CLEAN_UP
+from agent.sandboxes.removal import CLEAN_UP
 from agent.storage.overlay import StorageTimeout
 from agent.wire.calls import HostListing, parse
 from agent.wire.faults import Fault, FaultCode
@@ -214,7 +214,7 @@ async def test_watching_that_fails_is_not_a_death(host, autojump_clock, monkeypa
     """No descriptor left to watch with, say: it is tried again, and the VM lives."""
     async with host.agent() as agent:
         await agent.create(ONE)
-        vm_class = type(agent.manager.find(ONE)._made.vm)
+        vm_class = type(agent.manager.find(ONE).made.vm)
     attempts = []
     initialise = vm_class.__init__
 

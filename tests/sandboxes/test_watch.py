@@ -87,12 +87,19 @@ async def test_purge(host, autojump_clock, monkeypatch):
         (host.state.sandboxes / "lost+found").mkdir()
     host.dead = False
     parts = host.new_agent().parts
-    assert await purging.purge(parts, host.root / "network.json") == 3
+    stopped = []
+
+    async def stop_pager():
+        assert host.running() == set(), "no VM may wait for a pager that has gone"
+        stopped.append(1)
+
+    assert await purging.purge(parts, host.root / "network.json", stop_pager) == 3
     assert host.running() == set()
     assert host.directories() == {"lost+found"}
     assert await host.slots.existing() == set()
+    assert stopped == [1]
     assert removed == [host.root / "network.json"]
-    assert await purging.purge(parts, host.root / "network.json") == 0
+    assert await purging.purge(parts, host.root / "network.json", stop_pager) == 0
     (host.state.sandboxes / "lost+found").rmdir()
     async with host.agent() as agent:
         assert sorted(agent.told()) == [(sandbox_id(number), "destroyed") for number in (1, 2, 3)]

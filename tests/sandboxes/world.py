@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
+from uuid import UUID
 
 import msgspec
+import outcome
 import trio
 import trio.testing
 
@@ -17,21 +19,29 @@ from agent.actor.peer import OpenerPeer
 from agent.actor.server import ServerPeer
 from agent.guest.fake import FakeGuest
 from agent.images.store import CURRENT, MANIFEST, PLATFORM, File, ImageStore, Manifest
+from agent.net.addresses import slot_addresses
 from agent.net.fake import FakeSlotBackend
 from agent.net.pool import SlotPool
-from agent.sandboxes import manager, records
+from agent.pager.fake import FakePager
+from agent.sandboxes import admission, records
 from agent.sandboxes.adoption import adopt_all
 from agent.sandboxes.handlers import Handlers
 from agent.sandboxes.manager import Manager
 from agent.sandboxes.outbox import Outbox
 from agent.sandboxes.parts import HostParts
+from agent.sandboxes.reaper import reap
 from agent.sandboxes.records import StateDirectory
+from agent.snapshots import files as snapshot_files
+from agent.snapshots.dirty import ContentDirty
+from agent.snapshots.memory import MemoryReader
+from agent.snapshots.store import SnapshotStore
 from agent.storage.fake import FakeOverlays
 from agent.vmm.fake import FakeVmDriver
-from agent.wire.calls import CreateSandbox, HostDescription, body_of
-from agent.wire.faults import Fault
+from agent.wire.calls import CreateSandbox, CreateSnapshot, HostDescription, body_of
+from agent.wire.faults import Fault, FaultCode
 
 MEMORY_MB = 4096
+UID_BASE = 2_000_000
 
 
 class Crash(BaseException):
@@ -51,6 +61,8 @@ class Host:
         self.vms = Vms(self)
         self.slots = Slots(self)
         self.overlays = Overlays(self)
+        self.pager = Pager(self)
+        self.frozen_guests = set()
         self.slot_count = slots
         self.slots_ahead = 1
         self.guests = {}
@@ -64,7 +76,8 @@ class Host:
         monkeypatch.setattr(records, "os", _Os(self))
         monkeypatch.setattr(records, "shutil", _Shutil(self))
         self.disk_free_mb = 10_000
-        monkeypatch.setattr(manager, "shutil", SimpleNamespace(disk_usage=self._disk_usage))
+        monkeypatch.setattr(admission, "shutil", SimpleNamespace(disk_usage=self._disk_usage))
+        self._watch_snapshot_files(monkeypatch)
 
     def step(self, name):
         """A point between two effects."""
@@ -77,6 +90,21 @@ class Host:
             raise Crash(name)
         if len(self.steps) == self.stop_at:
             self.life.nursery.cancel_scope.cancel()
+
+    def _watch_snapshot_files(self, monkeypatch):
+        """What changes the store's files: some operations are steps, none has an effect after the agent's death."""
+        for name, operation in STORE_OPERATIONS.items():
+            monkeypatch.setattr(snapshot_files, name, self._watched(name, operation))
+
+    def _watched(self, name, operation):
+        def watched(*arguments):
+            if self.dead:
+                raise Crash(name)
+            if name in STORE_STEPS:
+                self.step(f"store_{name}")
+            return operation(*arguments)
+
+        return watched
 
     def add_image(self, name, digest="a" * 64):
         folder = self.images.path / name / digest
@@ -147,7 +175,7 @@ class Host:
         file.write_bytes(msgspec.json.encode({**msgspec.json.decode(file.read_bytes()), **changes}))
 
     def connect_guest(self, address):
-        guest = self.guests[address] = FakeGuest(address, **self.guest_options)
+        guest = self.guests[address] = GuestOfHost(self, address, **self.guest_options)
         return guest
 
     def _disk_usage(self, _path):
@@ -156,6 +184,16 @@ class Host:
     def running(self):
         """Sandbox ids of the VMs that run."""
         return {m.spec.sandbox_id for m in self.vms.machines.values() if not m.ended.is_set()}
+
+    def store(self):
+        """The snapshots, as somebody sees them who is no agent."""
+        return SnapshotStore(self.state.snapshots)
+
+    def memory(self, snapshot_id, offset=0, length=8):
+        """What a snapshot has in memory there."""
+        store = self.store()
+        with MemoryReader(store.load(UUID(snapshot_id)).header, store.builds) as reader:
+            return reader.read(offset, length)
 
     def directories(self):
         return {path.name for path in self.state.sandboxes.iterdir()}
@@ -180,15 +218,19 @@ class Agent:
             overlays=host.overlays,
             vms=host.vms,
             connect_guest=host.connect_guest,
+            snapshots=SnapshotStore(host.state.snapshots),
+            pager=host.pager,
+            tracking=lambda _: ContentDirty,
             **{"guest_timeout": 60.0, **options},
         )
         self.manager = Manager(self.parts, memory_mb=memory_mb)
         self.handlers = Handlers(self.manager, self.outbox, self._describe)
 
     async def start(self, nursery):
-        adopted = await adopt_all(self.parts)
+        self.found = await adopt_all(self.parts)
         await nursery.start(self.slots.run)
-        await nursery.start(self.manager.run, adopted)
+        await nursery.start(self.manager.run, self.found)
+        nursery.start_soon(reap, self.manager)
 
     def kill(self):
         """kill -9, now."""
@@ -204,8 +246,18 @@ class Agent:
     async def destroy(self, sandbox_id):
         await self.manager.destroy(sandbox_id, deadline=float("inf"))
 
+    async def pause(self, sandbox_id):
+        return await self.manager.find(sandbox_id).pause().wait()
+
+    async def resume(self, sandbox_id):
+        return await (await self.manager.resume(sandbox_id)).wait()
+
+    async def snapshot(self, snapshot_id, of):
+        request = CreateSnapshot(snapshot_id=snapshot_id, sandbox_id=of)
+        return await self.manager.snapshot(request, deadline=float("inf"))
+
     def statuses(self):
-        return {state.sandbox_id: state.status for state in self.manager.listing().sandboxes}
+        return {sandbox.id: str(sandbox.status) for sandbox in self.manager.all()}
 
     def told(self):
         return [(entry.sandbox_id, entry.event) for entry in self.outbox.entries()]
@@ -225,22 +277,115 @@ class Agent:
     async def check(self):
         """Disk, process table, slots and table of sandboxes tell the same story. Call when nothing is under way."""
         await trio.testing.wait_all_tasks_blocked()
-        host, ids = self.host, set(self.statuses())
-        assert set(self.statuses().values()) <= {"running"}
-        assert host.directories() == ids
-        assert host.running() == ids
-        for name in ids:
-            files = {path.name for path in host.state.directory(name).iterdir()}
-            assert files <= {"record.json", "record.json.new", "disk.qcow2"}
-            assert {"record.json", "disk.qcow2"} <= files
+        host, statuses = self.host, self.statuses()
+        assert set(statuses.values()) <= {"running", "paused"}
+        running = {name for name, status in statuses.items() if status == "running"}
+        listing = self.manager.listing()
+        assert {one.sandbox_id for one in listing.sandboxes} == running
+        assert set(listing.paused) == statuses.keys() - running
+        assert host.directories() == statuses.keys()
+        assert host.running() == running
+        assert not any(host.vms.machine(name).paused for name in running), "it stands still"
+        assert not host.frozen_guests & running, "its processes stand still"
+        assert set(host.pager.vms) <= running
+        known = host.state.load()
+        for name in statuses:
+            self._check_directory(known[name], running)
+        self._check_store([known[name] for name in statuses])
         statistics = self.slots.statistics()
-        assert statistics.in_use == len(ids)
+        assert statistics.in_use == len(running)
         assert len(await host.slots.existing()) == statistics.in_use + statistics.ready
-        numbers = [host.state.load()[name].slot for name in ids]
+        numbers = [known[name].slot for name in running]
         assert len(set(numbers)) == len(numbers)
+
+    def _check_directory(self, record, running):
+        files = {path.name for path in self.host.state.directory(record.sandbox_id).iterdir()}
+        if record.sandbox_id not in running:
+            assert record.phase == "paused"
+            assert files - {"record.json.new"} == {"record.json"}
+            return
+        assert record.phase == "running"
+        machine = self.host.vms.machine(record.sandbox_id)
+        disks = {record.disk, *record.frozen}
+        if record.next_disk:  # the VM knows
+            assert machine.disk.name in {record.disk, record.next_disk}
+            disks |= {record.next_disk} & files
+        else:
+            assert machine.disk.name == record.disk
+        assert {"record.json", *disks} <= files
+        assert files - {"record.json.new"} <= {"record.json", *disks}
+
+    def _check_store(self, known):
+        """Every snapshot has an owner who knows it, every part a snapshot, and nothing is half-made."""
+        store, root = self.host.store(), self.host.state.snapshots
+        wanted = set().union(*(record.snapshots() for record in known)) | set(self.manager.named.ids())
+        golden = {str(one.id) for one in store.list() if one.manifest.kind == "golden"}
+        assert {str(one.id) for one in store.list()} == wanted | golden
+        manifests = [store.load(one.id).manifest for one in store.list()]
+        names = {str(build) for one in manifests for build in one.builds}
+        assert {path.name for path in (root / "builds").iterdir()} == names
+        names = {f"{layer}.qcow2" for one in manifests for layer in one.layers}
+        assert {path.name for path in (root / "layers").iterdir()} == names
+        assert not [path for path in (root / "snapshots").iterdir() if path.name.startswith(".")]
 
     async def _describe(self):
         return HostDescription(version="0", driver="fake", cpu_cores=1, memory_mb=1, disk_mb=1, disk_free_mb=1)
+
+
+STORE_STEPS = ("make_directory", "create", "link", "rename", "unlink", "remove_directory")
+STORE_OPERATIONS = {
+    name: getattr(snapshot_files, name)
+    for name in (*STORE_STEPS, "provide_directory", "write", "sync", "sync_directory", "set_owner", "set_mode")
+}
+
+
+class GuestOfHost(FakeGuest):
+    """A guest whose processes stand still, or do not, whatever becomes of the link to it."""
+
+    def __init__(self, host, address, **options):
+        super().__init__(address, **options)
+        self._host = host
+        self._name = next((m.spec.sandbox_id for m in host.vms.machines.values() if _is_at(m, address)), "")
+        if self._name in host.frozen_guests:
+            self.frozen = True
+
+    async def answer(self, method, body, stream):
+        if self._host.dead:
+            raise Fault(FaultCode.UNAVAILABLE, "nobody asks any more")
+        if method in {"settle", "thaw", "configure"}:
+            self._host.step(f"guest_{method}")
+        reply = await super().answer(method, body, stream)
+        if self.frozen:
+            self._host.frozen_guests.add(self._name)
+        else:
+            self._host.frozen_guests.discard(self._name)
+        return reply
+
+
+def _is_at(machine, address):
+    return not machine.ended.is_set() and slot_addresses(machine.spec.uid - UID_BASE).host_ip == address
+
+
+class Pager(FakePager):
+    """A pager with steps; its VMs live as long as their VMM."""
+
+    def __init__(self, host):
+        super().__init__()
+        self._host = host
+
+    async def listen(self, vm):
+        self._host.step("pager_listen")
+        await super().listen(vm)
+
+    async def release(self, vm_id):
+        self._host.step("pager_release")
+        return await super().release(vm_id)
+
+    def forget_dead(self):
+        """Do what the real one does when a VMM ends."""
+        for vm_id in self.vms.keys() - self._host.running():
+            if self.vms[vm_id].failure is None:
+                del self.vms[vm_id]
 
 
 class Vms(FakeVmDriver):
@@ -252,16 +397,26 @@ class Vms(FakeVmDriver):
 
     async def boot(self, spec):
         self._host.step("boot")
+        vm = await self._start_vm(super().boot(spec))
+        self._host.step("booted")
+        return vm
+
+    async def restore(self, spec, saved):
+        self._host.step("restore")
+        vm = await self._start_vm(super().restore(spec, saved))
+        self._host.frozen_guests.add(spec.sandbox_id)
+        self._host.step("restored")
+        return vm
+
+    async def _start_vm(self, work):
         before = set(self.machines)
         try:
-            vm = await super().boot(spec)
+            return VmOfHost(self._host, await work)
         except trio.Cancelled:
             if self._host.dead:
                 for process in self.machines.keys() - before:
                     self.machines[process].ended = trio.Event()
             raise
-        self._host.step("booted")
-        return VmOfHost(self._host, vm)
 
     async def adopt(self, spec, process):
         self._host.step("adopt")
@@ -287,6 +442,29 @@ class VmOfHost:
         self.wait_exit = vm.wait_exit
         self.console_tail = vm.console_tail
         self.statistics = vm.statistics
+        self.memory = vm.memory
+        self.paused = vm.paused
+        self.disk_file = vm.disk_file
+
+    async def pause(self):
+        self._host.step("pause")
+        await self._vm.pause()
+        self._host.step("paused")
+
+    async def resume(self):
+        self._host.step("resume")
+        await self._vm.resume()
+        self._host.step("resumed")
+
+    async def save_state(self, target, *, sync=True):
+        self._host.step("save_state")
+        await self._vm.save_state(target, sync=sync)
+        self._host.step("saved_state")
+
+    async def pivot_disk(self, overlay):
+        self._host.step("pivot")
+        await self._vm.pivot_disk(overlay)
+        self._host.step("pivoted")
 
     async def kill(self):
         self._host.step("kill")
@@ -324,10 +502,19 @@ class Overlays(FakeOverlays):
         self._host = host
         self.remove_errors = []
 
-    async def create(self, base, overlay, size_mb):
+    async def create(self, base, overlay, size_mb, *, layers=()):
         self._host.step("overlay_create")
-        await super().create(base, overlay, size_mb)
+        await super().create(base, overlay, size_mb, layers=layers)
         self._host.step("overlay_created")
+
+    async def freeze(self, overlay, size_mb):
+        self._host.step("overlay_freeze")
+        await super().freeze(overlay, size_mb)
+
+    async def merge(self, base, layers, target):
+        self._host.step("overlay_merge")
+        await super().merge(base, layers, target)
+        self._host.step("overlay_merged")
 
     async def remove(self, overlay):
         self._host.step("overlay_remove")
@@ -375,7 +562,22 @@ def without_threads(monkeypatch):
         finally:
             await trio.lowlevel.cancel_shielded_checkpoint()
 
+    real = trio.from_thread.run
+
+    def run(function, *arguments, trio_token=None):
+        """A coroutine that waits for nothing but checkpoints, driven by hand."""
+        if trio_token is not None:  # a thread of the test's own
+            return real(function, *arguments, trio_token=trio_token)
+        coroutine, answer = function(*arguments), None
+        try:
+            while True:
+                coroutine.send(answer)
+                answer = outcome.Value(None)
+        except StopIteration as end:
+            return end.value
+
     monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+    monkeypatch.setattr(trio.from_thread, "run", run)
 
 
 def sandbox_id(number):

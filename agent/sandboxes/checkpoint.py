@@ -1,0 +1,136 @@
+"""A live checkpoint: a running sandbox's state becomes its new base, while it stands still for as little as possible.
+
+Only the disk's pivot, the device state and a copy of the dirty pages are taken from the standing VM. What a crash may
+leave in doubt is noted before: `next_disk` (which disk does it write to?) and `untracked` (since when does the kernel
+count dirty pages?). The commit point is the record that names the new base.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import structlog
+import trio
+
+from agent.sandboxes import capturing
+from agent.sandboxes.greeting import settle
+from agent.sandboxes.made import drop_snapshots, save
+from agent.sandboxes.pausing import (
+    RUN_ON_TIMEOUT,
+    freeze_disks,
+    pause_fault,
+    publish,
+    reconcile_disk,
+    remove_disks,
+    run_on,
+    wake,
+)
+from agent.sandboxes.threads import in_thread, run_stoppable
+from agent.vmm.driver import VmmError
+
+if TYPE_CHECKING:
+    from agent.sandboxes.made import Made
+    from agent.sandboxes.parts import HostParts
+    from agent.snapshots.drafts import Draft
+
+log = structlog.get_logger()
+
+
+async def checkpoint(parts: HostParts, made: Made) -> None:
+    """Make the state of this moment the sandbox's base. Raises Fault: it runs on, with the base it had.
+
+    Cancelled, likewise; unless the record was written already.
+    """
+    made.timings_ms = {}
+    with made.step("queue"):
+        await parts.captures.acquire()
+    name = uuid4()
+    try:
+        await reconcile_disk(parts, made)
+        before = made.record
+        await save(parts, made, next_disk=before.disk_after(), untracked=True)
+        figures = await _take(parts, made, name)
+        with made.step("commit"):
+            current = made.record.next_disk
+            changes = {"base": str(name), "disk": current, "frozen": (), "next_disk": "", "untracked": False}
+            await save(parts, made, **figures, **changes)
+    except BaseException as err:
+        await _stay(parts, made, unwanted=name)
+        if isinstance(err, Exception):
+            raise pause_fault(parts, err) from err
+        raise
+    finally:
+        parts.captures.release()
+    # The pager serves the VM from the snapshot that it was restored from, which must stay as long as the VM does.
+    await drop_snapshots(parts, before.snapshots() - made.record.snapshots())
+    await remove_disks(parts, made, (*before.frozen, before.disk))
+
+
+async def _take(parts: HostParts, made: Made, name: UUID) -> dict[str, object]:
+    """Publish the snapshot and return what the record says of it; the VM runs again by then."""
+    record, vm = made.record, made.vm
+    assert vm is not None  # noqa: S101 - it runs
+    directory = parts.state.directory(record.sandbox_id)
+    with made.step("overlay"):
+        await _make_overlay(parts, made)
+    async with (
+        in_thread(lambda: parts.snapshots.draft(name)) as draft,
+        in_thread(lambda: capturing.open_source(parts, vm, record)) as source,
+        in_thread(lambda: tempfile.TemporaryFile(dir=directory)) as grabbed,
+    ):
+        overlay = directory / record.next_disk
+        ranges = await _stop_shortly(made, overlay, draft, source, grabbed)
+        with made.step("memory"):
+            work = partial(source.capture_grabbed, draft, grabbed.fileno(), ranges)
+            await run_stoppable(work, stopped=capturing.CaptureStopped)
+        with made.step("disk"):
+            layers = await freeze_disks(parts, record, draft, (*record.frozen, record.disk))
+        with made.step("publish"):
+            return await trio.to_thread.run_sync(publish, parts, record, draft, layers)
+
+
+async def _make_overlay(parts: HostParts, made: Made) -> None:
+    """The disk that the VM will write to from now on, on top of the one it has."""
+    record, layers = made.record, list[Path]()
+    if record.base:
+        layers.extend((await trio.to_thread.run_sync(parts.snapshots.load, UUID(record.base))).layers)
+    directory = parts.state.directory(record.sandbox_id)
+    layers.extend(directory / name for name in (*record.frozen, record.disk))
+    target = directory / record.next_disk
+    await parts.overlays.remove(target)
+    await parts.overlays.create(Path(record.rootfs), target, record.disk_mb, layers=layers)
+
+
+async def _stop_shortly(
+    made: Made, overlay: Path, draft: Draft, source: capturing.Source, grabbed: IO[bytes]
+) -> list[capturing.Range]:
+    """Take what can only be taken while the vCPUs stand; returns what of the memory `grabbed` has."""
+    assert made.vm is not None  # noqa: S101 - it runs
+    if made.guest is not None:
+        with made.step("settle"):
+            await settle(made.guest)
+    made.stopped_at = time.perf_counter()
+    await made.vm.pause()
+    with made.step("pivot"):
+        await made.vm.pivot_disk(overlay)
+    with made.step("state"):
+        await made.vm.save_state(draft.state_path, sync=False)  # publish does that
+    with made.step("grab"):
+        ranges = await trio.to_thread.run_sync(source.grab, grabbed.fileno())
+    await wake(made)
+    return ranges
+
+
+async def _stay(parts: HostParts, made: Made, *, unwanted: UUID) -> None:
+    """Run on with the base that there was; on which disk, the VM knows."""
+    await run_on(parts, made, unwanted=unwanted)
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + RUN_ON_TIMEOUT):
+        try:
+            await reconcile_disk(parts, made)
+        except (VmmError, OSError) as err:  # asked again by the next pause or checkpoint, or the next agent
+            log.warning("disk_not_known", error=str(err))
