@@ -29,6 +29,7 @@ async def prompt(qemu_io):
         more = await qemu_io.stdout.receive_some()
         assert more, said
         said += more
+    return said
 
 
 @pytest.fixture
@@ -138,6 +139,25 @@ async def test_a_full_disk_is_said_and_leaves_nothing(base, write, small_disk, t
     with pytest.raises(HostDiskFull, match="No space left"):
         await overlays.create(base, small_disk / "disk", 64)
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.host
+async def test_a_disk_that_met_a_full_host_is_still_frozen(base, small_disk):
+    """The guest's writes failed for want of room, then there was room again: what is left is whole, not cut off."""
+    overlay = small_disk / "disk"
+    await Qcow2Overlays().create(base, overlay, 4096)
+    async with trio.open_nursery() as nursery:
+        start = partial(trio.run_process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, check=False)
+        user = await nursery.start(start, ["qemu-io", chain(base, [overlay])])
+        for number in range(8):
+            await prompt(user)
+            await user.stdin.send_all(b"write -P 1 %dM 100k\n" % (number * 500))
+        assert b"No space left" in await prompt(user)
+        await trio.run_process(["mount", "-o", "remount,size=1m", str(small_disk)])
+        await user.stdin.send_all(b"flush\n")
+        await prompt(user)
+        await Qcow2Overlays().freeze(overlay, 4096)
+        nursery.cancel_scope.cancel()
 
 
 @pytest.fixture
