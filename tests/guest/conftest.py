@@ -75,8 +75,11 @@ class Client:
         self._last_id = 0
         self._waiting: dict[int, list[m.Frame]] = defaultdict(list)
         if greet:
-            self.send(m.Hello(VERSION, [], initial_credit, 0))
-            assert isinstance(self.next_frame(), m.Hello)
+            self.greet(initial_credit=initial_credit)
+
+    def greet(self, *, initial_credit: int = INITIAL_CREDIT, timeout: float = PATIENCE) -> None:
+        self.send(m.Hello(VERSION, [], initial_credit, 0))
+        assert isinstance(self.next_frame(timeout), m.Hello)
 
     def close(self) -> None:
         self.sock.close()
@@ -272,6 +275,22 @@ def until() -> Callable[..., Any]:
 def running() -> Callable[[int], bool]:
     """Whether a process exists and is no zombie."""
     return is_running
+
+
+@pytest.fixture
+def make_client() -> Iterator[Callable[[int], Client]]:
+    """`make_client(port)`: a connection to a daemon that is not a process here, if it answers within a second."""
+    made: list[Client] = []
+
+    def make(port: int) -> Client:
+        client = Client(port, greet=False)
+        made.append(client)
+        client.greet(timeout=1.0)
+        return client
+
+    yield make
+    for client in made:
+        client.close()
 
 
 class ControlGroup:
