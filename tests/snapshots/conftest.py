@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,23 @@ class MemoryProcess:
         """Send an order and wait for its answer."""
         self._link.send(json.dumps(order).encode())
         return json.loads(self._link.recv(1 << 20))
+
+    @contextmanager
+    def storm(self) -> Iterator[None]:
+        """Let the process write every page again and again meanwhile; the model does not follow."""
+        over = threading.Event()
+
+        def write() -> None:
+            while not over.is_set():
+                self.ask("storm", 0, self.size, 200)
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def _forget(self, operation: str, part: slice) -> None:
         """Removed pages are zeros. Forgotten ones stay if there are any, else nobody can tell the two apart."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 import tracemalloc
 from contextlib import ExitStack
 
@@ -205,15 +204,13 @@ def test_a_process_that_goes_on_writing_gets_a_whole_generation(run_with_memory,
     """A VMM that does not stop its vCPUs harms its own snapshot only: each page is looked at once, then written."""
     process = run_with_memory(SIZE)
     generations.first(bytes(SIZE))
-    writer = threading.Thread(target=process.ask, args=("storm", 0, SIZE, 400))
-    writer.start()
-    while writer.is_alive():
-        result = generations.attempt(process.memory.fd, [(0, SIZE)], SIZE)
-        content = generations.content(result)
-        places = {int.from_bytes(content[at : at + 4], "little") for at in range(PAGE, SIZE, PAGE)}
-        assert places <= set(range(0, SIZE, PAGE))
-        assert result.pages_written + result.pages_equal + result.pages_zero == PAGES
-    writer.join()
+    with process.storm():
+        for _ in range(10):
+            result = generations.attempt(process.memory.fd, [(0, SIZE)], SIZE)
+            content = generations.content(result)
+            places = {int.from_bytes(content[at : at + 4], "little") for at in range(PAGE, SIZE, PAGE)}
+            assert places <= set(range(0, SIZE, PAGE))
+            assert result.pages_written + result.pages_equal + result.pages_zero == PAGES
 
 
 def test_a_memory_that_its_vmm_cut_is_told(run_with_memory, generations, file):
