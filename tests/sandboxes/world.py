@@ -35,7 +35,7 @@ from agent.snapshots import files as snapshot_files
 from agent.snapshots.dirty import ContentDirty
 from agent.snapshots.memory import MemoryReader
 from agent.snapshots.store import SnapshotStore
-from agent.storage.fake import FakeOverlays
+from agent.storage.fake import FakeContent, FakeOverlays
 from agent.vmm.fake import FakeVmDriver
 from agent.wire.calls import CreateSandbox, CreateSnapshot, HostDescription, body_of
 from agent.wire.faults import Fault, FaultCode
@@ -372,10 +372,17 @@ class Pager(FakePager):
     def __init__(self, host):
         super().__init__()
         self._host = host
+        self.fail_on_wait = None
 
     async def listen(self, vm):
         self._host.step("pager_listen")
         await super().listen(vm)
+
+    async def wait_connected(self, vm_id, *, timeout):
+        if self.fail_on_wait is not None:
+            error, self.fail_on_wait = self.fail_on_wait, None
+            raise error
+        await super().wait_connected(vm_id, timeout=timeout)
 
     async def release(self, vm_id):
         self._host.step("pager_release")
@@ -506,6 +513,9 @@ class Overlays(FakeOverlays):
         self._host.step("overlay_create")
         await super().create(base, overlay, size_mb, layers=layers)
         self._host.step("overlay_created")
+
+    def blocks(self, overlay):
+        return msgspec.json.decode(overlay.read_bytes(), type=FakeContent).blocks
 
     async def freeze(self, overlay, size_mb):
         self._host.step("overlay_freeze")
