@@ -103,7 +103,8 @@ class SnapshotStore:
                 merged = draft.directory / "merged"
                 flatten_layers(found.layers, merged)
                 layers = (draft.add_layer(merged),)
-                files.unlink(merged)
+                with files.reported(f"removing {merged}"):
+                    files.unlink(merged)
             return draft.publish(found.manifest.description, layers)
 
     def remove(self, snapshot_id: UUID) -> None:

@@ -44,8 +44,8 @@ class Disk:
     def __init__(self, *, durable: bool = False) -> None:
         self.calls: list[tuple[str, str]] = []
         self._durable = durable
-        self.killed = False
-        """Since the last `kill_at`."""
+        self.harmed = False
+        """Since the last `kill_at` or `fail_at`."""
         self._kill_at = self._fail_at = 0
         self._errno = 0
         self._patches = ExitStack()
@@ -61,12 +61,13 @@ class Disk:
     def kill_at(self, number: int) -> None:
         """Die in the operation with that number: a write is half done, everything else not at all."""
         self.calls.clear()
-        self.killed = False
+        self.harmed = False
         self._kill_at, self._fail_at = number, 0
 
     def fail_at(self, number: int, code: int = errno.ENOSPC) -> None:
         """Fail the operation with that number, and every later one that would need room on the disk."""
         self.calls.clear()
+        self.harmed = False
         self._kill_at, self._fail_at, self._errno = 0, number, code
 
     def recover(self) -> None:
@@ -80,12 +81,13 @@ class Disk:
             if self._kill_at and number >= self._kill_at:
                 if name == "write" and number == self._kill_at:
                     original(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                self.killed = True
+                self.harmed = True
                 raise Killed
             needs_room = name in {"make_directory", "create", "write", "link", "sync"}
             if self._fail_at and (number == self._fail_at or (number > self._fail_at and needs_room)):
                 if name == "write":
                     original(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                self.harmed = True
                 raise OSError(self._errno, os.strerror(self._errno))
             if name in {"sync", "sync_directory"} and not self._durable:
                 return None

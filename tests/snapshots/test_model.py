@@ -231,9 +231,10 @@ SnapshotsAgainstModel.TestCase.settings = settings(
 TestSnapshotsAgainstModel = SnapshotsAgainstModel.TestCase
 
 
+@pytest.mark.parametrize("harm", ["kill", "fail"])
 @pytest.mark.parametrize("action", ["pause", "copy", "compact", "flatten", "remove", "collect"])
-def test_killed_at_every_operation(tmp_path, action):
-    """Each operation of each action in turn: afterwards it is as before, or as it should be, and nothing is over."""
+def test_killed_or_failing_at_every_operation(tmp_path, action, harm):
+    """Each operation of each action in turn: afterwards it is as before or as it should be, and nothing is over."""
     number, finished = 0, False
     with Disk() as disk:
         world = _world(tmp_path, disk)
@@ -251,9 +252,12 @@ def test_killed_at_every_operation(tmp_path, action):
                 newest = list(world.snapshots)[-1]
             elif action == "collect":
                 shutil.copytree(world.store.build_directory(world.store.load(newest).header.build), _orphan(world))
-            disk.kill_at(number)
+            if harm == "kill":
+                disk.kill_at(number)
+            else:
+                disk.fail_at(number)
             _act(world, action, newest)
-            finished = not disk.killed
+            finished = not disk.harmed
             disk.recover()
             world.store.collect(())
             world.check(collected=True)

@@ -303,6 +303,9 @@ def test_damage_is_refused_by_name_and_nothing_is_deleted(store, root, image, na
             path.unlink()
     with pytest.raises(kind, match=str(path)):
         pages_of(store, store.load(made.id))
+    if harm in {"cut", "remove"} and path.name != "sums":
+        with pytest.raises(kind, match=str(path)):
+            store.load(made.id)
     before = contents(root)
     other = publish(store, {7: 7})
     if name == "manifest.json":
@@ -316,6 +319,16 @@ def test_damage_is_refused_by_name_and_nothing_is_deleted(store, root, image, na
         assert contents(root) == before
     store.remove(made.id)
     assert contents(root) == set()
+
+
+def test_a_header_of_another_snapshot_is_refused(store):
+    """One that is whole, of the same builds, generation and memory, but not the one that the manifest is of."""
+    parent = publish(store, {1: 1, 2: 2})
+    one, other = (publish(store, {number: 0}, parent=parent) for number in (1, 2))
+    (one.directory / "mem.header").unlink()
+    (one.directory / "mem.header").write_bytes(other.header.encode())
+    with pytest.raises(errors.HeaderDamaged, match=f"{one.directory}/mem.header"):
+        store.load(one.id)
 
 
 def test_a_layer_that_is_gone_is_named(store, image):
@@ -385,6 +398,7 @@ def test_a_draft_goes_with_its_process(store, root, image):
     assert len(contents(root)) == len(needed([made])) + 3
     again = SnapshotStore(root)
     again.prepare()
+    assert f"snapshots/.partial-{draft.id}" not in contents(root)
     again.collect(())
     assert contents(root) == needed([made])
     draft.close()
