@@ -42,16 +42,28 @@ static void fill_disk(void) {
     printf("still running\n");
 }
 
-/* Count, in memory and on the disk, past every cache: "tick N disk M" has M as it was found there, N-1 if all is well.
- * After `last` ticks it is over: the mode of the end returns to main. */
+enum { CLUSTER = 1 << 16, CLUSTERS = 16 };
+
+static int read_number(int disk, int tick) {
+    static char block[4096] __attribute__((aligned(4096)));
+    if (pread(disk, block, sizeof block, tick % CLUSTERS * CLUSTER) != sizeof block)
+        printf("read: %s\n", strerror(errno));
+    return atoi(block);
+}
+
+/* Count, in memory and on the disk, past every cache: each tick has a cluster of its own until all have been used.
+ * "tick N disk M" has M as it was found in the place of the tick before, N-1 if all is well; "lost K" says that K is
+ * not where it was written. After `last` ticks the rest of the mode is done. */
 static void count(int last) {
     static char block[4096] __attribute__((aligned(4096)));
     int disk = open_disk(O_RDWR | O_DIRECT);
     for (int tick = 1; tick <= last; tick++) {
-        if (pread(disk, block, sizeof block, 0) != sizeof block) printf("read: %s\n", strerror(errno));
-        int found = atoi(block);
+        int found = read_number(disk, tick - 1);
+        for (int before = tick - 2; before > 0 && before > tick - CLUSTERS; before--)
+            if (read_number(disk, before) != before) printf("lost %d\n", before);
         snprintf(block, sizeof block, "%d\n", tick);
-        if (pwrite(disk, block, sizeof block, 0) != sizeof block) printf("write: %s\n", strerror(errno));
+        if (pwrite(disk, block, sizeof block, tick % CLUSTERS * CLUSTER) != sizeof block)
+            printf("write: %s\n", strerror(errno));
         printf("tick %d disk %d\n", tick, found);
         usleep(50000);
     }

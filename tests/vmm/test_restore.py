@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from agent.snapshots import pagemap
 from agent.vmm import qemu_control, qemu_launch, qemu_state
 from agent.vmm.driver import VmCommandFailed, VmDiskFull, VmStartFailed, VmState, VmStateFailed
 from agent.vmm.guest_memory import has_userfaultfd
@@ -77,6 +78,47 @@ async def test_memory_is_registered_from_the_first_instruction(qemu, source):
     for vm in (source, clone):
         assert has_userfaultfd(vm.process.pid)
         assert "/dev/userfaultfd" not in links(vm.process)
+
+
+def written_pages(memory):
+    """What the kernel says was written: offsets of pages. Nothing that was never there may be among them."""
+    mapped, others = pagemap.written(memory.pid, [pagemap.Mapping(memory.address, memory.size)])
+    assert others == []
+    return {page for offset, length in mapped for page in range(offset, offset + length, 4096)}
+
+
+def changed_pages(memory, image):
+    """What differs from an image of the memory: offsets of pages."""
+    before = image.read_bytes()
+    return {
+        offset
+        for offset in range(0, memory.size, 4096)
+        if os.pread(memory.fd, 4096, offset) != before[offset : offset + 4096]
+    }
+
+
+async def test_what_a_guest_writes_is_known(qemu, source):
+    """From the first instruction, and after a restore: no page that has changed is missed, and few others are told."""
+    empty = qemu.root / "empty"
+    with empty.open("wb") as file:
+        file.truncate(96 << 20)
+    saved = await qemu.save(source)
+    booted = source.memory()
+    changed = changed_pages(booted, empty)
+    assert changed
+    assert changed <= written_pages(booted)
+    os.close(booted.fd)
+    clone = await qemu.restore(qemu.counting_spec("clone"), saved)
+    restored = clone.memory()
+    assert len(written_pages(restored)) < 100  # by QEMU itself
+    await clone.resume()
+    await qemu.count(clone)
+    await clone.pause()
+    changed = changed_pages(restored, saved.memory)
+    written = written_pages(restored)
+    assert 0 < len(changed) <= len(written) < 3000
+    assert changed <= written
+    os.close(restored.fd)
 
 
 async def test_the_handshake_is_firecrackers(qemu, source):
@@ -180,6 +222,7 @@ async def test_a_chain_of_layers_is_what_the_spec_says(qemu, source):
         await vm.resume()
         await qemu.count(vm)
         assert (await qemu.ticks(vm))[0] == (saved.counted + 1, saved.counted)
+        assert "lost" not in await vm.console_tail()
 
 
 async def test_nobody_opens_what_belongs_to_another_sandbox(qemu, source):
