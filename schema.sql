@@ -245,7 +245,7 @@ create table certificate_authority (
 -- ---------------------------------------------------------------- templates and sandboxes
 
 create table templates (
-  id          uuid primary key default gen_random_uuid(),
+  id          uuid primary key default gen_random_uuid(),                 -- of a snapshot: its id on the hosts, too
   team_id     uuid not null constraint templates_team references teams,   -- the platform team's are everyone's
   name        text not null constraint templates_name_form check (name ~ '^[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}$'),
   type        text not null constraint templates_type check (type in ('base', 'snapshot')),
@@ -254,6 +254,7 @@ create table templates (
   size_bytes  bigint not null default 0 constraint templates_size_bytes check (size_bytes >= 0),
   created_at  timestamptz not null default now(),
   deleted_at  timestamptz,
+  disk_mb     integer constraint templates_disk_mb check (disk_mb > 0),   -- of a snapshot
   constraint templates_base_is_platform check (type <> 'base' or team_id = '00000000-0000-0000-0000-000000000000'),
   constraint templates_snapshot_fixes_size check (type <> 'snapshot' or (vcpus is not null and memory_mb is not null))
 );
@@ -264,6 +265,7 @@ create table template_hosts (
   template_id  uuid not null constraint template_hosts_template references templates on delete cascade,
   host_id      uuid not null constraint template_hosts_host references hosts on delete cascade,
   created_at   timestamptz not null default now(),
+  lost_at      timestamptz,                       -- the host said that it has it no longer
   constraint template_hosts_pkey primary key (template_id, host_id)
 );
 create index template_hosts_host_id on template_hosts (host_id);

@@ -41,6 +41,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_json: bool = False
     create_timeout: Seconds = 120.0
     """Seconds a create may take, from the request to a running sandbox."""
+    pause_timeout: Seconds = 300.0
+    """Seconds a pause or a snapshot may take: the guest's changed memory is written to a disk."""
+    resume_timeout: Seconds = 120.0
+    """Seconds a resume may take, from the request to a running sandbox."""
     call_timeout: Seconds = 30.0
     """Seconds for every other short call to an agent."""
     connect_timeout: Seconds = 5.0

@@ -5,7 +5,7 @@ serve
 ├─ database             (service; closes last)
 ├─ host links           → link per host in use → peer
 ├─ scheduler            reservations
-├─ operations           → task per create or destroy under way
+├─ operations           → task per create, destroy, pause, resume, fork or snapshot under way
 ├─ monitor              → follower per host, while it leads
 └─ HTTP server          → task per connection
 """
@@ -44,9 +44,14 @@ from capsule.sandboxes.create import Creator
 from capsule.sandboxes.destroy import Destroyer
 from capsule.sandboxes.execs import Execs
 from capsule.sandboxes.files import Files
+from capsule.sandboxes.fork import Forker
 from capsule.sandboxes.operations import Operations
+from capsule.sandboxes.pause import Pauser
+from capsule.sandboxes.resume import Resumer
 from capsule.sandboxes.rows import SandboxRows
 from capsule.sandboxes.service import Sandboxes, Templates
+from capsule.sandboxes.snapshots import Snapshots
+from capsule.sandboxes.start import Starter
 from capsule.scheduler.placement import Overcommit
 from capsule.scheduler.scheduler import Scheduler, fleet_reader
 
@@ -129,11 +134,11 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
     monitor = Monitor(db, links, settings)
     registry = CollectorRegistry()
     FleetGauges(db, links, operations, monitor).register(registry)
-    rows = SandboxRows(db)
+    sandboxes = _sandboxes(settings, SandboxRows(db), links, scheduler, operations)
     services = Services(
         authenticator=ApiKeyAuthenticator(db),
-        sandboxes=_sandboxes(settings, rows, links, scheduler, operations),
-        templates=Templates(rows),
+        sandboxes=sandboxes,
+        templates=_templates(sandboxes),
         hosts=HostEnrolment(db, authority, settings, forget=_on_registration(links, monitor)),
         ready=partial(_ready, db),
     )
@@ -153,13 +158,28 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
 def _sandboxes(
     settings: Settings, rows: SandboxRows, links: HostLinks, scheduler: Scheduler, operations: Operations
 ) -> Sandboxes:
+    starter = Starter(rows=rows, links=links, settings=settings)
     return Sandboxes(
         rows=rows,
-        creator=Creator(rows=rows, links=links, scheduler=scheduler, operations=operations, settings=settings),
+        creator=Creator(rows=rows, starter=starter, scheduler=scheduler, operations=operations, settings=settings),
         destroyer=Destroyer(rows=rows, links=links, operations=operations, settings=settings),
+        pauser=Pauser(rows=rows, links=links, operations=operations, settings=settings),
+        resumer=Resumer(rows=rows, links=links, scheduler=scheduler, operations=operations, settings=settings),
+        forker=Forker(
+            rows=rows, links=links, starter=starter, scheduler=scheduler, operations=operations, settings=settings
+        ),
         execs=Execs(links=links),
         files=Files(links=links),
     )
+
+
+def _templates(sandboxes: Sandboxes) -> Templates:
+    """Beside the sandboxes, with the same parts."""
+    pauser = sandboxes.pauser
+    snapshots = Snapshots(
+        rows=pauser.rows, links=pauser.links, operations=pauser.operations, pauser=pauser, settings=pauser.settings
+    )
+    return Templates(rows=pauser.rows, snapshots=snapshots)
 
 
 def _on_registration(links: HostLinks, monitor: Monitor) -> Callable[[UUID], None]:

@@ -39,7 +39,9 @@ class FleetGauges(Collector):
         yield _gauge(
             "capsule_host_links_connected", "Links to agents that are up.", sum(link.connected for link in links)
         )
-        yield _gauge("capsule_operations", "Creates and destroys under way.", self._operations.running())
+        yield _gauge(
+            "capsule_operations", "Creates, destroys, pauses and their like under way.", self._operations.running()
+        )
         yield _gauge("capsule_monitor_leads", "1 where the fleet's monitor runs.", int(self._monitor.leading))
         pool = GaugeMetricFamily("capsule_database_pool", "The database pool, by figure.", labels=["figure"])
         for name, value in msgspec.structs.asdict(self._db.statistics()).items():

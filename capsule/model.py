@@ -60,11 +60,14 @@ class Page(Generic[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreateSandbox:
-    """A sandbox to be made; every limit of the API was checked already, the team's quotas were not."""
+    """A sandbox to be made; every limit of the API was checked already, the team's quotas were not.
+
+    `vcpus` and `memory_mb` None: the template's, or the smallest usual ones.
+    """
 
     template: str
-    vcpus: int
-    memory_mb: int
+    vcpus: int | None = None
+    memory_mb: int | None = None
     timeout_sec: int
     metadata: Mapping[str, str]
     envs: Mapping[str, str]
@@ -89,6 +92,27 @@ class SandboxView:
     started_at: datetime | None = None
     last_active_at: datetime | None = None
     reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ForkFailure:
+    """Why there is no child, in the words of the error that a create would have met."""
+
+    code: str
+    message: str
+
+
+Forked = SandboxView | ForkFailure
+"""A child of a fork, or why there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateSnapshot:
+    """A sandbox to be frozen under a name (None: one is made up). `pause`: and paused, if it runs."""
+
+    sandbox: UUID
+    name: str | None = None
+    pause: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,8 @@ async def usable(tx: Connection, since: datetime) -> bool:
 
 
 async def end_sandboxes(tx: Connection, host: UUID) -> int:
-    """Bring every row of the host to its end, after its VMs were ended; returns how many there were."""
+    """Bring every row of the host to its end, after everything of it was removed; returns how many there were. Its
+    snapshots are none any more."""
     rows = await sandboxes.on_host(tx, host)
     for row in rows:
         stopping = row
@@ -73,4 +74,5 @@ async def end_sandboxes(tx: Connection, host: UUID) -> int:
             to_status=Status.STOPPED,
             reason="the platform was stopped",
         )
+    await templates.forget_host(tx, host)
     return len(rows)

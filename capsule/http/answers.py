@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from base64 import b64encode
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,6 +15,7 @@ from capsule.model import (
     ExecResult,
     FileEntry,
     FileType,
+    Forked,
     ProcessView,
     SandboxStatus,
     SandboxView,
@@ -29,6 +31,11 @@ Encoding = Annotated[
     Literal["utf-8", "base64"],
     Meta(description="`base64` for both streams when either is not UTF-8."),
 ]
+
+FORKED_ITEM = {
+    "anyOf": [{"$ref": "#/components/schemas/Sandbox"}, {"$ref": "#/components/schemas/FailedChild"}],
+}
+"""Written out: the library's unions of structs need a tag."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TYPE_BITS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "symlink": stat.S_IFLNK, "other": 0}
@@ -103,6 +110,36 @@ class Sandbox(Struct, kw_only=True):
             last_active_at=optional_time(view.last_active_at),
             last_updated=timestamp(view.last_updated),
             reason=given(view.reason),
+        )
+
+
+class ForkFailure(Struct, kw_only=True):
+    """Why a child was not made."""
+
+    code: Annotated[str, Meta(description="As in the errors of creating a sandbox.")]
+    message: str
+
+
+class FailedChild(Struct, kw_only=True):
+    """In the place of a child that was not made."""
+
+    error: ForkFailure
+
+
+class ForkedSandboxes(Struct, kw_only=True):
+    """The children of a fork, one item for each."""
+
+    items: Annotated[list[Any], Meta(extra_json_schema={"items": FORKED_ITEM})]
+
+    @classmethod
+    def of(cls, items: Sequence[Forked]) -> ForkedSandboxes:
+        return cls(
+            items=[
+                Sandbox.of(item)
+                if isinstance(item, SandboxView)
+                else FailedChild(error=ForkFailure(code=item.code, message=item.message))
+                for item in items
+            ]
         )
 
 

@@ -8,7 +8,7 @@ from quart import request as current_request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from capsule.http import execs, files, hosts, openapi, processes, sandboxes, snapshots
+from capsule.http import execs, files, hosts, lifecycle, openapi, processes, sandboxes, snapshots
 from capsule.http.connection import ApiConnection
 from capsule.http.dispatch import responder
 from capsule.http.errors import from_router
@@ -83,6 +83,7 @@ def resources(services: Services, spool: Spool) -> list[Operation[Any, Any]]:
     unread = UnreadAnswers()
     return [
         *sandboxes.operations(services.sandboxes),
+        *lifecycle.operations(services.sandboxes),
         *execs.operations(services.sandboxes, unread),
         *processes.operations(services.sandboxes),
         *files.operations(services.sandboxes, spool, unread),

@@ -20,8 +20,8 @@ class CreateSandboxBody(Struct, kw_only=True, forbid_unknown_fields=True):
     """A sandbox to be made. All fields have a default; an empty body is an empty object."""
 
     template: fields.TemplateName = "minimal"
-    vcpus: fields.Vcpus = 1
-    memory_mb: fields.MemoryMb = 512
+    vcpus: fields.Vcpus | UnsetType = UNSET
+    memory_mb: fields.MemoryMb | UnsetType = UNSET
     timeout_sec: fields.IdleTimeout = 0
     metadata: fields.Metadata = {}
     envs: fields.Envs = {}
@@ -83,6 +83,20 @@ class ListFilesBody(Struct, kw_only=True, forbid_unknown_fields=True):
 
     path: fields.Path
     depth: Annotated[int, Meta(ge=1, le=32, description="Levels below it.")] = 1
+
+
+class ForkBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """How many children; an empty body is an empty object."""
+
+    count: Annotated[int, Meta(ge=1, le=100, description="Children to make.")] = 1
+
+
+class CreateSnapshotBody(Struct, kw_only=True, forbid_unknown_fields=True):
+    """A running or paused sandbox, and what its frozen state is called."""
+
+    sandbox_id: fields.SandboxId
+    name: fields.TemplateName | UnsetType = UNSET
+    pause: Annotated[bool, Meta(description="Pause a running sandbox as well; else it runs on.")] = False
 
 
 class ListSnapshotsQuery(Struct, kw_only=True, forbid_unknown_fields=True):

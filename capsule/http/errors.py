@@ -37,6 +37,7 @@ class Refusal(Struct, kw_only=True):
     message: Annotated[str, Meta(description="For people: what happened and what to do.")]
     request_id: Annotated[str, Meta(description="Names this request in our log.")]
     field: Annotated[str, Meta(description="The field that was refused.")] | UnsetType = UNSET
+    sandbox_ids: Annotated[list[str], Meta(description="Sandboxes that stand in the way.")] | UnsetType = UNSET
     stdout: Output | UnsetType = UNSET
     stderr: Output | UnsetType = UNSET
     encoding: Encoding | UnsetType = UNSET

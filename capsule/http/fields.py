@@ -8,6 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from agent.wire.calls import MIN_MEMORY_MB
+from capsule.http import ids
 
 MAX_TIMEOUT = 31_536_000
 """Seconds a sandbox may idle: a year."""
@@ -34,8 +35,18 @@ SIGNAL = rf"^([1-9]|[1-5][0-9]|6[0-4]|{'|'.join(sorted(SIGNAL_NUMBERS))}){END}"
 ABSOLUTE_PATH = r"^(?![\s\S]*/\.\.(/|$))/[^\u0000]*$"
 
 TemplateName = Annotated[str, Meta(pattern=TEMPLATE_NAME, description="Name of a template.")]
-Vcpus = Annotated[int, Meta(ge=1, le=64, description="Virtual CPUs.")]
-MemoryMb = Annotated[int, Meta(ge=MIN_MEMORY_MB, le=1_048_576, description="Memory in MiB.")]
+SandboxId = Annotated[str, Meta(pattern=ids.SANDBOX_FORM, description="`sb-` and a UUID, or its 32 hex digits alone.")]
+Vcpus = Annotated[
+    int, Meta(ge=1, le=64, description="Virtual CPUs. 1 unless given; a snapshot has its own, and no others.")
+]
+MemoryMb = Annotated[
+    int,
+    Meta(
+        ge=MIN_MEMORY_MB,
+        le=1_048_576,
+        description="Memory in MiB. 512 unless given; a snapshot has its own, and no other.",
+    ),
+]
 IdleTimeout = Annotated[
     int, Meta(ge=0, le=MAX_TIMEOUT, description="Seconds of idling before it is paused; 0 = never.")
 ]

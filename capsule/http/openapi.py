@@ -10,6 +10,7 @@ import msgspec
 
 from capsule import errors
 from capsule.http import fields, ids
+from capsule.http.answers import FailedChild
 from capsule.http.errors import Error
 from capsule.http.operations import Auth, Operation, Success
 
@@ -29,6 +30,7 @@ CHALLENGE = {"WWW-Authenticate": {"description": "What to send.", "schema": {"ty
 PATH_PARAMETERS: dict[str, dict[str, str]] = {
     "sandbox_id": {"pattern": ids.SANDBOX_FORM, "description": "`sb-` and a UUID, or its 32 hex digits alone."},
     "host_id": {"pattern": ids.HOST_FORM, "description": "`host-` and a UUID."},
+    "name": {"pattern": fields.TEMPLATE_NAME, "description": "Name of a template."},
     "process": {"pattern": fields.PROCESS, "description": "A pid, or the tag given to exec."},
 }
 IDEMPOTENCY_KEY = {
@@ -86,7 +88,7 @@ def _schemas(rows: list[Operation[Any, Any]]) -> dict[str, Any]:
     """Every named type: bodies, answers, and what they are made of."""
     bodies = [row.body for row in rows if row.body is not None]
     answers = [success.body for row in rows for success in row.successes if success.body is not None]
-    _, components = msgspec.json.schema_components([*bodies, *answers, Error], ref_template=REF)
+    _, components = msgspec.json.schema_components([*bodies, *answers, FailedChild, Error], ref_template=REF)
     return dict(sorted(components.items()))
 
 

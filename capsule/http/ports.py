@@ -15,10 +15,12 @@ from uuid import UUID
 
 from capsule.model import (
     CreateSandbox,
+    CreateSnapshot,
     ExecCall,
     ExecResult,
     ExecStarted,
     FileEntry,
+    Forked,
     HostCredentials,
     HostRegistration,
     Page,
@@ -66,6 +68,20 @@ class SandboxService(Protocol):
         """End it; nothing to do for one that is stopped."""
         ...
 
+    async def pause(self, principal: Principal, sandbox: UUID) -> SandboxView:
+        """Put it to rest and wait until it is; nothing to do for one that is."""
+        ...
+
+    async def resume(self, principal: Principal, sandbox: UUID) -> SandboxView:
+        """Wake it and wait until it runs; nothing to do for one that does."""
+        ...
+
+    async def fork(
+        self, principal: Principal, sandbox: UUID, count: int, idempotency_key: str | None
+    ) -> Sequence[Forked]:
+        """Make `count` children of a running sandbox, and wait until each runs or has failed."""
+        ...
+
     async def exec(self, principal: Principal, sandbox: UUID, call: ExecCall) -> ExecResult | ExecStarted:
         """Run a command; ExecStarted if and only if `call.background`. ExecTimeout and OutputTooLarge carry output."""
         ...
@@ -110,6 +126,14 @@ class SandboxService(Protocol):
 
 class TemplateService(Protocol):
     """What sandboxes can start from."""
+
+    async def create(self, principal: Principal, request: CreateSnapshot, idempotency_key: str | None) -> TemplateView:
+        """Freeze a sandbox of the team. Conflict when the name is taken."""
+        ...
+
+    async def delete(self, principal: Principal, name: str) -> None:
+        """Forget a template of the team. InUse while sandboxes depend on it; Forbidden for the platform's."""
+        ...
 
     async def list(
         self, principal: Principal, kind: TemplateType | None, limit: int, before: Position | None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from capsule import errors
 from capsule.http import cursors, ids
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from capsule.http.ports import SandboxService
     from capsule.model import Page
+
+T = TypeVar("T")
 
 TAG = "sandboxes"
 LINK = {"Link": 'The next page, as `<…>; rel="next"`; absent on the last one.'}
@@ -49,7 +51,9 @@ def operations(service: SandboxService) -> list[Operation[Any, Any]]:
                     errors.QuotaExceeded,
                     errors.IdempotencyKeyReused,
                     errors.Conflict,
+                    errors.DiskFull,
                     errors.InvalidState,
+                    errors.SnapshotDamaged,
                     errors.NoHostsAvailable,
                     errors.HostUnavailable,
                     errors.Busy,
@@ -115,8 +119,8 @@ class SandboxHandlers:
         body = call.body
         request = CreateSandbox(
             template=body.template,
-            vcpus=body.vcpus,
-            memory_mb=body.memory_mb,
+            vcpus=optional(body.vcpus),
+            memory_mb=optional(body.memory_mb),
             timeout_sec=body.timeout_sec,
             metadata=body.metadata,
             envs=body.envs,
@@ -144,6 +148,11 @@ class SandboxHandlers:
     async def ping(self, call: Call[None, None]) -> TrioResponse:
         await self._service.ping(call.principal, call.sandbox)
         return no_content()
+
+
+def optional(value: T | UnsetType) -> T | None:
+    """A field that was left out as None."""
+    return None if value is UNSET else value
 
 
 def page_response(items: list[Any], page: Page[Any], path: str, parameters: list[tuple[str, str]]) -> TrioResponse:

@@ -2,7 +2,8 @@
 
 Owns: the watch stream to its agent, the endings it asked for, the memory of strangers it saw. Owned by: the monitor's
 nursery. Takes: nothing; the agent's notices and the clock are its input. Emits: changed rows, acknowledgements,
-destroys. Dies when: the monitor ends it (the host is gone, or another control plane leads). It has nothing to lose.
+destroys, removals of snapshots. Dies when: the monitor ends it (the host is gone, or another control plane leads). It
+has nothing to lose.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import trio
 from agent.actor.supervise import RestartPolicy, supervise
 from agent.wire import calls
 from agent.wire.faults import Fault
-from agent.wire.lifecycle import FINAL
+from agent.wire.lifecycle import FINAL, TRANSITIONAL, Status
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
-from capsule.db.queries import sandboxes, templates
+from capsule.db.queries import audit, sandboxes, templates
 from capsule.hosts.answers import parse_answer
+from capsule.monitor.copies import CopyKeeper
 from capsule.monitor.news import News
 from capsule.monitor.reconcile import Change, DestroyAgain, plan, settled, strangers
 
@@ -44,6 +46,8 @@ RACE_PAUSE = 0.1
 CALL_TIMEOUT = 10.0
 STRANGER_GRACE = 30.0
 """How long a VM without a row may stay: a row may be committed after the host was told, never long after."""
+RESTING_GRACE = 900.0
+"""The same for one that rests: it costs nothing but disk, and nothing of it is anywhere else."""
 MAX_AT_ONCE = 200
 """Strangers, outbox entries and endings looked after in one round: a host that invents some costs no more than that."""
 AFTER_A_BUG = RestartPolicy(first_delay=1.0, max_delay=60.0)
@@ -59,6 +63,7 @@ class HostFollower:
         self._links = links
         self._strangers: dict[UUID, float] = {}
         self._ending: set[UUID] = set()
+        self._copies = CopyKeeper(host, db, links)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -109,6 +114,7 @@ class HostFollower:
     async def _reconcile(self, endings: trio.Nursery) -> bool:
         """One round; False when the outbox has news that is not in the rows yet."""
         rows = await self._db.run(sandboxes.on_host, self._host)
+        copies = await self._copies.read()
         answer = await self._links.call(self._host, "host.list", {}, timeout=CALL_TIMEOUT)
         listing = parse_answer(calls.HostListing, answer)
         for step in plan(rows, listing, datetime.now(UTC)):
@@ -117,7 +123,8 @@ class HostFollower:
                     await self._apply(step)
                 case DestroyAgain(row=row):
                     self._end(row.id, "its row is stopping", endings)
-        await self._end_strangers(strangers(rows, listing), endings)
+        await self._end_strangers(strangers(rows, listing), {UUID(one) for one in listing.paused}, endings)
+        await self._copies.compare(copies, listing, endings)
         return await self._acknowledge(listing)
 
     async def _apply(self, step: Change) -> None:
@@ -132,18 +139,22 @@ class HostFollower:
         if not entries:
             return True
         rows = await self._db.run(_rows_of, {UUID(entry.sandbox_id) for entry in entries})
+        resting = frozenset(listing.paused)
         done: list[OutboxEntry] = []
         for entry in entries:
-            if not settled(rows.get(UUID(entry.sandbox_id)), self._host):
+            row = rows.get(UUID(entry.sandbox_id))
+            if not settled(entry, row, self._host, rests=entry.sandbox_id in resting):
                 break
             done.append(entry)
         if done:
+            _report(done)
             body = calls.body_of(calls.Acknowledge(sequence=done[-1].sequence))
             await self._links.call(self._host, "host.acknowledge", body, timeout=CALL_TIMEOUT)
         return len(done) == len(listing.outbox)
 
-    async def _end_strangers(self, found: set[UUID], endings: trio.Nursery) -> None:
-        """End VMs that no row needs: at once when the row has ended, after a grace when there is none."""
+    async def _end_strangers(self, found: set[UUID], resting: set[UUID], endings: trio.Nursery) -> None:
+        """End sandboxes that no row needs: at once when the row has ended, after a grace when there is none. What rests
+        is the only copy of something: without the word of a user it has a long one."""
         now = trio.current_time()
         known = {one: since for one, since in self._strangers.items() if one in found}
         self._strangers = known | dict.fromkeys(sorted(found - known.keys())[: MAX_AT_ONCE - len(known)], now)
@@ -152,7 +163,9 @@ class HostFollower:
             row = rows.get(sandbox)
             if row is not None and row.status not in FINAL and row.host_id == self._host:
                 continue  # committed after the rows were read
-            if row is not None or now - since >= STRANGER_GRACE:
+            grace = RESTING_GRACE if sandbox in resting else STRANGER_GRACE
+            meant = row is not None and (row.status == Status.STOPPED or sandbox not in resting)
+            if meant or now - since >= grace:
                 self._end(sandbox, "its row has ended" if row else "it has no row", endings)
 
     def _end(self, sandbox: UUID, why: str, endings: trio.Nursery) -> None:
@@ -182,20 +195,44 @@ async def _rows_of(connection: Connection, ids: Collection[UUID]) -> dict[UUID, 
 
 
 async def _change(tx: Connection, step: Change) -> None:
-    changed = await sandboxes.change_status(
-        tx,
-        step.row.id,
+    """One or two compare-and-sets; what the host paused or resumed by itself goes into the audit trail."""
+    row: SandboxRow | None = step.row
+    for status in (step.via, step.to_status):
+        if status is not None and row is not None:
+            row = await sandboxes.change_status(
+                tx,
+                row.id,
+                from_status=row.status,
+                generation=row.generation,
+                to_status=status,
+                transition_deadline=datetime.now(UTC) if status in TRANSITIONAL else None,
+                host_ip=step.host_ip if status == step.to_status else None,
+                reason=step.reason,
+            )
+    if row is None:
+        return
+    await _record(tx, step)
+    log.warning(
+        "row_reconciled",
+        sandbox_id=str(step.row.id),
         from_status=step.row.status,
-        generation=step.row.generation,
         to_status=step.to_status,
-        host_ip=step.host_ip,
         reason=step.reason,
     )
-    if changed is not None:
-        log.warning(
-            "row_reconciled",
-            sandbox_id=str(step.row.id),
-            from_status=step.row.status,
-            to_status=step.to_status,
-            reason=step.reason,
-        )
+
+
+async def _record(tx: Connection, step: Change) -> None:
+    row = step.row
+    if step.to_status == Status.PAUSED and row.status != Status.RESUMING:
+        reason = {"reason": step.reason or ""}
+        await audit.append_system(tx, row.team_id, row.id, action="pause", status="info", metadata=reason)
+    elif step.to_status == Status.RUNNING and row.status in {Status.PAUSED, Status.RESUMING}:
+        template = {"template": row.template}
+        await audit.append_system(tx, row.team_id, row.id, action="resume", status="success", metadata=template)
+
+
+def _report(entries: list[OutboxEntry]) -> None:
+    """Log what has no other place: that a host could not pause an idle sandbox, which runs on."""
+    for entry in entries:
+        if entry.event == "pause_failed":
+            log.warning("auto_pause_failed", sandbox_id=entry.sandbox_id, reason=entry.reason)

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Bring a row to `to_status`."""
+    """Bring a row to `to_status`, through `via` where there is no step that leads there."""
 
     row: SandboxRow
     to_status: Status
     host_ip: str | None = None
     reason: str | None = None
+    via: Status | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,43 +40,120 @@ class DestroyAgain:
 
 Step = Change | DestroyAgain
 
-ENDED_BY_ENTRY = frozenset({Status.STARTING, Status.RUNNING, Status.MISSING})
-"""Whatever of these the host says it lost, is lost."""
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a host says of one sandbox: it as it lives, whether it rests, and what the outbox tells."""
+
+    vm: SandboxState | None = None
+    rests: bool = False
+    ended: OutboxEntry | None = None
+    paused: OutboxEntry | None = None
+
+    @property
+    def runs(self) -> bool:
+        """It lives, and is on its way nowhere."""
+        return self.vm is not None and self.vm.status == Status.RUNNING
+
+    @property
+    def absent(self) -> bool:
+        """The host does not have it."""
+        return self.vm is None and not self.rests
+
+
+NOTHING = Facts()
+ENDING = frozenset({"died", "destroyed"})
+ENDED_BY_ENTRY = frozenset(
+    {Status.STARTING, Status.RUNNING, Status.PAUSING, Status.PAUSED, Status.RESUMING, Status.MISSING}
+)
+"""Whatever of these the host says it lost, is lost: unless it rests there."""
+PAUSED_BY_ENTRY = frozenset({Status.STARTING, Status.RUNNING, Status.MISSING})
+"""Rows that learn from an entry why they rest; the others have been told, or are being told by whoever works on
+them."""
 
 
 def plan(rows: Iterable[SandboxRow], listing: HostListing, now: datetime) -> list[Step]:
     """Steps for the rows of one host (those that live or rest there)."""
-    alive = {UUID(state.sandbox_id): state for state in listing.sandboxes}
-    told = {UUID(entry.sandbox_id): entry for entry in listing.outbox}
-    steps = (_step(row, alive.get(row.id), told.get(row.id), now) for row in rows)
+    facts = facts_of(listing)
+    steps = (_step(row, facts.get(row.id, NOTHING), now) for row in rows)
     return [step for step in steps if step is not None]
 
 
+def facts_of(listing: HostListing) -> dict[UUID, Facts]:
+    """By sandbox. One that is both alive and at rest (which no sound host says) is alive; the latest entry counts."""
+    alive = {UUID(state.sandbox_id): state for state in listing.sandboxes}
+    resting = {UUID(one) for one in listing.paused} - alive.keys()
+    entries = sorted(listing.outbox, key=lambda entry: entry.sequence)
+    ended = {UUID(entry.sandbox_id): entry for entry in entries if entry.event in ENDING}
+    paused = {UUID(entry.sandbox_id): entry for entry in entries if entry.event == "auto_paused"}
+    return {
+        one: Facts(alive.get(one), one in resting, ended.get(one), paused.get(one))
+        for one in alive.keys() | resting | ended.keys() | paused.keys()
+    }
+
+
 def strangers(rows: Iterable[SandboxRow], listing: HostListing) -> set[UUID]:
-    """VMs on the host that none of its rows speaks of."""
-    return {UUID(state.sandbox_id) for state in listing.sandboxes} - {row.id for row in rows}
+    """Sandboxes on the host, alive or at rest, that none of its rows speaks of."""
+    there = {UUID(state.sandbox_id) for state in listing.sandboxes} | {UUID(one) for one in listing.paused}
+    return there - {row.id for row in rows}
 
 
-def settled(row: SandboxRow | None, host: UUID) -> bool:
-    """Whether what `host`'s outbox tells of this row is safe in it, or of no use to it; `row` as it is by now."""
-    return row is None or row.host_id != host or row.status not in ENDED_BY_ENTRY
+def settled(entry: OutboxEntry, row: SandboxRow | None, host: UUID, *, rests: bool) -> bool:
+    """Whether what `host`'s outbox tells of this row is safe in it, or of no use to it; `row` as it is by now, `rests`
+    as the listing that came with the entry says."""
+    if row is None or row.host_id != host:
+        return True
+    if entry.event in ENDING:
+        return rests or row.status not in ENDED_BY_ENTRY
+    return entry.event != "auto_paused" or not rests or row.status not in PAUSED_BY_ENTRY
 
 
-def _step(row: SandboxRow, vm: SandboxState | None, entry: OutboxEntry | None, now: datetime) -> Step | None:
+def _step(row: SandboxRow, facts: Facts, now: datetime) -> Step | None:
     overdue = row.transition_deadline is not None and row.transition_deadline < now
+    if row.status in ENDED_BY_ENTRY and facts.ended is not None and not facts.rests:
+        # Whether or not the listing still shows it: what is left is being removed, and the entry comes only once.
+        return Change(row, Status.ERROR, reason=storable_text(facts.ended.reason) or "its VM ended")
     match row.status:
-        case Status.STOPPING if vm is None:
-            return Change(row, Status.STOPPED)
-        case Status.STOPPING if overdue and vm is not None and vm.status != Status.STOPPING:
-            return DestroyAgain(row)
-        case status if status in ENDED_BY_ENTRY and entry is not None:
-            # Whether or not the listing still shows it: what is left is being removed, and the entry comes only once.
-            return Change(row, Status.ERROR, reason=storable_text(entry.reason) or "its VM ended")
-        case Status.STARTING | Status.MISSING if vm is not None and vm.status == Status.RUNNING:
-            return Change(row, Status.RUNNING, host_ip=storable_address(vm.host_ip))
-        case Status.STARTING if vm is None and overdue:
-            return Change(row, Status.ERROR, reason="it was not started in time")
-        case Status.RUNNING | Status.MISSING if vm is None:
+        case Status.STOPPING:
+            return _stopping(row, facts, overdue=overdue)
+        case Status.STARTING:
+            return _starting(row, facts, overdue=overdue)
+        case Status.PAUSING | Status.RESUMING if not overdue:
+            return None  # somebody is at work
+        case status if facts.absent and status in ENDED_BY_ENTRY:
             return Change(row, Status.ERROR, reason="its host no longer has it")
+        case Status.PAUSING | Status.RESUMING | Status.MISSING | Status.RUNNING if facts.rests:
+            return _at_rest(row, facts)
+        case Status.PAUSED if facts.runs:
+            return _running(row, facts, via=Status.RESUMING)
+        case Status.PAUSING | Status.RESUMING | Status.MISSING if facts.runs:
+            return _running(row, facts)
         case _:
             return None
+
+
+def _stopping(row: SandboxRow, facts: Facts, *, overdue: bool) -> Step | None:
+    if facts.absent:
+        return Change(row, Status.STOPPED)
+    ending = facts.vm is not None and facts.vm.status == Status.STOPPING
+    return DestroyAgain(row) if overdue and not ending else None
+
+
+def _starting(row: SandboxRow, facts: Facts, *, overdue: bool) -> Step | None:
+    if facts.runs or facts.rests:  # one that rests has run; the next look brings it further
+        return _running(row, facts)
+    return Change(row, Status.ERROR, reason="it was not started in time") if overdue and facts.absent else None
+
+
+def _running(row: SandboxRow, facts: Facts, *, via: Status | None = None) -> Change:
+    host_ip = None if facts.vm is None else storable_address(facts.vm.host_ip)
+    reason = "it could not be paused in time" if row.status == Status.PAUSING else None
+    return Change(row, Status.RUNNING, host_ip=host_ip, reason=reason, via=via)
+
+
+def _at_rest(row: SandboxRow, facts: Facts) -> Change:
+    if row.status == Status.RESUMING:
+        return Change(row, Status.PAUSED, reason="it was not resumed in time")
+    told = storable_text(facts.paused.reason) if facts.paused is not None else ""
+    via = Status.PAUSING if row.status == Status.RUNNING else None
+    return Change(row, Status.PAUSED, reason=told or "its host paused it", via=via)

@@ -13,10 +13,12 @@ from uuid import UUID, uuid4
 
 import msgspec
 
+from agent.wire.calls import VMM_MEMORY_MB
 from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.queries import idempotency, sandboxes, teams, templates
 from capsule.sandboxes.rows import found, record
+from capsule.scheduler.placement import Size
 
 if TYPE_CHECKING:
     from capsule.config import Settings
@@ -26,6 +28,25 @@ if TYPE_CHECKING:
     from capsule.model import CreateSandbox, Principal
 
 
+DEFAULT_VCPUS, DEFAULT_MEMORY_MB = 1, 512
+"""Of a sandbox from a base image, when the request names none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What a request comes to with its template. `snapshot` and `hosts` (those that have it) None: a base image."""
+
+    vcpus: int
+    memory_mb: int
+    disk_mb: int
+    snapshot: UUID | None = None
+    hosts: frozenset[UUID] | None = None
+
+    def size(self) -> Size:
+        """What its host has to have to spare."""
+        return Size(vcpus=self.vcpus, memory_mb=self.memory_mb + VMM_MEMORY_MB, disk_mb=self.disk_mb)
+
+
 @dataclass(frozen=True)
 class NewSandbox:
     """What the transaction writes down."""
@@ -33,27 +54,62 @@ class NewSandbox:
     principal: Principal
     request: CreateSandbox
     idempotency_key: str | None
+    shape: Shape
     host: UUID
     settings: Settings
 
 
+async def shape_of(tx: Connection, principal: Principal, request: CreateSandbox, disk_mb: int) -> Shape:
+    """What is to be made, from which template; `disk_mb` is a base image's. NotFound; InvalidRequest naming a field
+    that the template has fixed otherwise; Conflict when no host has it any more."""
+    template = await templates.get_by_name(tx, principal.team_id, request.template)
+    if template is None:
+        raise no_template(request.template)
+    for field, wanted, baked in (
+        ("vcpus", request.vcpus, template.vcpus),
+        ("memory_mb", request.memory_mb, template.memory_mb),
+    ):
+        if baked is not None and wanted is not None and wanted != baked:
+            raise errors.InvalidRequest(
+                f"{field}: the template {template.name} fixes it to {baked}; leave it out", field=field
+            )
+    hosts = None
+    if template.type == "snapshot" and not (hosts := frozenset(await templates.hosts_of(tx, template.id))):
+        raise errors.Conflict(f"no host has a copy of {template.name} any more; delete it and make a new one")
+    return Shape(
+        vcpus=template.vcpus or request.vcpus or DEFAULT_VCPUS,
+        memory_mb=template.memory_mb or request.memory_mb or DEFAULT_MEMORY_MB,
+        disk_mb=template.disk_mb or disk_mb,
+        snapshot=template.id if hosts is not None else None,
+        hosts=hosts,
+    )
+
+
+def no_template(name: str) -> errors.NotFound:
+    """For a name that the team has no template of."""
+    return errors.NotFound(f"there is no template {name!r}; GET /v1/snapshots lists them")
+
+
 async def insert(tx: Connection, new: NewSandbox) -> tuple[SandboxRow, bool]:
     """The one transaction: quota, idempotency, row, audit. The row, and whether it is this request's."""
-    sandbox, principal, request = uuid4(), new.principal, new.request
+    sandbox, principal, request, shape = uuid4(), new.principal, new.request, new.shape
     if new.idempotency_key is not None:
         taken = await idempotency.claim(tx, principal.team_id, new.idempotency_key, fingerprint(request), sandbox)
         if taken is not None:
             return found(await sandboxes.get_any(tx, same_request(taken, request))), False
-    await check_allowed(tx, principal, request)
+    await check_allowed(tx, principal, shape)
+    if shape.snapshot is not None and not await templates.hold(tx, shape.snapshot):
+        raise no_template(request.template)
     deadline = datetime.now(UTC) + timedelta(seconds=new.settings.create_timeout)
     row = await sandboxes.insert(
         tx,
         id=sandbox,
         team_id=principal.team_id,
         template=request.template,
-        vcpus=request.vcpus,
-        memory_mb=request.memory_mb,
-        disk_mb=new.settings.disk_mb,
+        template_id=shape.snapshot,
+        vcpus=shape.vcpus,
+        memory_mb=shape.memory_mb,
+        disk_mb=shape.disk_mb,
         timeout_sec=request.timeout_sec,
         metadata=dict(request.metadata),
         transition_deadline=deadline,
@@ -71,39 +127,39 @@ async def insert(tx: Connection, new: NewSandbox) -> tuple[SandboxRow, bool]:
     return found(placed), True
 
 
-async def examine(tx: Connection, principal: Principal, request: CreateSandbox, key: str | None) -> SandboxRow | None:
+async def examine(
+    tx: Connection, principal: Principal, request: CreateSandbox, shape: Shape, key: str | None
+) -> SandboxRow | None:
     """What would have become of a request that found no host: the sandbox an earlier one made, or a refusal."""
     taken = None if key is None else await idempotency.get(tx, principal.team_id, key)
     if taken is not None:
         return await sandboxes.get_any(tx, same_request(taken, request))
-    await check_allowed(tx, principal, request)
+    await check_allowed(tx, principal, shape)
     return None
 
 
-def same_request(claim: IdempotencyRow, request: CreateSandbox) -> UUID:
-    """The sandbox that a used key stands for. IdempotencyKeyReused when it was used for something else."""
+def same_request(claim: IdempotencyRow, request: object) -> UUID:
+    """What a used key stands for. IdempotencyKeyReused when it was used for something else."""
     if claim.request_sha256 != fingerprint(request):
         raise errors.IdempotencyKeyReused("this Idempotency-Key was used for a different request; use a new one")
     return claim.resource_id
 
 
-async def check_allowed(tx: Connection, principal: Principal, request: CreateSandbox) -> None:
-    """The team's limits, and the template. QuotaExceeded names the limit that was hit; NoTeam, NotFound."""
+async def check_allowed(tx: Connection, principal: Principal, shape: Shape, count: int = 1) -> None:
+    """The team's limits. QuotaExceeded names the one that was hit; NoTeam."""
     limits = await teams.limits(tx, principal.team_id)
     if limits is None:
         raise errors.NoTeam("your team was deleted")
     live = await sandboxes.count_live(tx, principal.team_id)
     for name, wanted, limit in (
-        ("max_vcpus", request.vcpus, limits.max_vcpus),
-        ("max_memory_mb", request.memory_mb, limits.max_memory_mb),
-        ("max_sandboxes", live + 1, limits.max_sandboxes),
+        ("max_vcpus", shape.vcpus, limits.max_vcpus),
+        ("max_memory_mb", shape.memory_mb, limits.max_memory_mb),
+        ("max_sandboxes", live + count, limits.max_sandboxes),
     ):
         if wanted > limit:
             raise errors.QuotaExceeded(f"{name} of your team is {limit}, this needs {wanted}", limit=name)
-    if await templates.get_by_name(tx, principal.team_id, request.template) is None:
-        raise errors.NotFound(f"there is no template {request.template!r}; GET /v1/snapshots lists them")
 
 
-def fingerprint(request: CreateSandbox) -> bytes:
+def fingerprint(request: object) -> bytes:
     """SHA-256 of what was asked for, the same for the same request."""
     return hashlib.sha256(msgspec.json.encode(request, order="sorted")).digest()

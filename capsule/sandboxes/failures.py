@@ -32,6 +32,8 @@ def as_error(fault: Fault, *, not_found: Callable[[str], errors.CapsuleError] = 
     match fault.code:
         case FaultCode.NOT_FOUND if fault.details.get("object") == "sandbox":
             return errors.InvalidState("the sandbox no longer runs on its host; its status will say so in a moment")
+        case FaultCode.NOT_FOUND if fault.details.get("object") == "snapshot":
+            return errors.SnapshotDamaged(fault.message)
         case FaultCode.NOT_FOUND:
             return not_found(fault.message)
         case FaultCode.INVALID_STATE:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Literal, TypeVar, TypeVarTuple, cast
 from uuid import UUID
 
 import structlog
 import trio
 
+from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import FINAL, Status
 from capsule import errors
 from capsule.db.errors import DatabaseUnavailable
@@ -44,6 +45,15 @@ class Placed:
     host: UUID
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trail:
+    """What the audit trail says of a change: who did it, and what it was."""
+
+    who: Principal
+    action: str
+    metadata: Mapping[str, str]
+
+
 class SandboxRows:
     """The database as seen from the use-cases; DatabaseUnavailable becomes the API's error of that name."""
 
@@ -72,25 +82,56 @@ class SandboxRows:
         """The team's sandbox, which must run; resets its idle clock. NotFound, InvalidState."""
         row = found(await self.run(_get_and_touch, principal.team_id, sandbox))
         if row.status != Status.RUNNING or row.host_id is None:
-            raise errors.InvalidState(_not_running(row), status=row.status)
+            raise wrong_status(row)
         return Placed(id=row.id, host=row.host_id)
 
     async def settle(
-        self, row: SandboxRow, to_status: Status, *, host_ip: str | None = None, reason: str | None = None
+        self,
+        row: SandboxRow,
+        to_status: Status,
+        *,
+        host_ip: str | None = None,
+        reason: str | None = None,
+        trail: Trail | None = None,
     ) -> SandboxRow:
         """Write an outcome: compare-and-set from `row`, with patience for a database that is away.
 
-        Returns the row as it is now, whoever changed it.
+        Returns the row as it is now, whoever changed it. `trail` is written if it was us.
         """
+        return await self.patiently(_change_or_read, row, to_status, host_ip, reason, trail)
+
+    async def patiently(self, fn: Callable[[Connection, *Ts], Awaitable[T]], *args: *Ts) -> T:
+        """A transaction that must not be lost because the database is away for a moment; may be run twice."""
         deadline = trio.current_time() + SETTLE_TIMEOUT
         while True:
             try:
-                return await self.transaction(_change_or_read, row, to_status, host_ip, reason)
+                return await self.transaction(fn, *args)
             except errors.DatabaseUnavailable:
                 if trio.current_time() >= deadline:
                     raise
-                log.warning("outcome_waits_for_database", sandbox_id=str(row.id), to_status=to_status)
+                log.warning("outcome_waits_for_database")
             await trio.sleep(SETTLE_PAUSE)
+
+    async def check_unchanged(self, row: SandboxRow) -> None:
+        """Fault `invalid_state` when somebody has changed the row's status, so that its host is not asked for nothing.
+
+        Whether a database that is away would say so does not matter: the outcome is a compare-and-set.
+        """
+        try:
+            now = await self.run(sandboxes.get_any, row.id)
+        except errors.DatabaseUnavailable:
+            return
+        if now is not None and now.generation != row.generation:
+            status = {"status": now.status}
+            raise Fault(FaultCode.INVALID_STATE, f"the sandbox became {now.status} meanwhile", details=status)
+
+    async def hand_over(self, row: SandboxRow) -> None:
+        """Leave the row to the monitor, which asks its host what became of it. If the database is away, it does so at
+        the row's deadline."""
+        try:
+            await self.run(sandboxes.hand_over, row.id, row.generation)
+        except errors.DatabaseUnavailable:
+            log.warning("row_not_handed_over", sandbox_id=str(row.id))
 
 
 async def _get_and_touch(connection: Connection, team: UUID, sandbox: UUID) -> SandboxRow | None:
@@ -101,7 +142,7 @@ async def _get_and_touch(connection: Connection, team: UUID, sandbox: UUID) -> S
 
 
 async def _change_or_read(
-    tx: Connection, row: SandboxRow, to_status: Status, host_ip: str | None, reason: str | None
+    tx: Connection, row: SandboxRow, to_status: Status, host_ip: str | None, reason: str | None, trail: Trail | None
 ) -> SandboxRow:
     changed = await sandboxes.change_status(
         tx,
@@ -114,6 +155,8 @@ async def _change_or_read(
     )
     if changed is None:
         return found(await sandboxes.get_any(tx, row.id))
+    if trail is not None:
+        await record(tx, trail.who, row.id, trail.action, "success", trail.metadata)
     log.info("sandbox_status", sandbox_id=str(row.id), from_status=row.status, to_status=to_status)
     return changed
 
@@ -126,28 +169,36 @@ def found(row: SandboxRow | None) -> SandboxRow:
 
 
 async def record(
-    tx: Connection, who: Principal, sandbox: UUID, action: str, status: Outcome, metadata: Mapping[str, str]
+    tx: Connection,
+    who: Principal,
+    resource: UUID,
+    action: str,
+    status: Outcome,
+    metadata: Mapping[str, str],
+    *,
+    kind: Literal["sandbox", "snapshot"] = "sandbox",
 ) -> None:
-    """The audit row of what `who` did to a sandbox, in the action's own transaction."""
+    """The audit row of what `who` did to a sandbox or snapshot, in the action's own transaction."""
     await audit.append(
         tx,
         team_id=who.team_id,
         actor_type="api_key" if who.actor_type == "api_key" else "user",
         actor_id=who.actor_id,
         actor_name=who.actor_name,
-        resource_type="sandbox",
-        resource_id=f"sb-{sandbox}",
+        resource_type=kind,
+        resource_id=f"{'sb' if kind == 'sandbox' else 'tpl'}-{resource}",
         action=action,
         status=status,
         metadata=metadata,
     )
 
 
-def _not_running(row: SandboxRow) -> str:
+def wrong_status(row: SandboxRow, needed: str = "a running one") -> errors.InvalidState:
+    """For a sandbox whose status does not allow what was asked for."""
     if row.status in FINAL:
         why = f": {row.reason}" if row.reason else ""
-        return f"the sandbox is {row.status}{why}; create a new one"
-    return f"the sandbox is {row.status}; this needs a running one"
+        return errors.InvalidState(f"the sandbox is {row.status}{why}; create a new one", status=row.status)
+    return errors.InvalidState(f"the sandbox is {row.status}; this needs {needed}", status=row.status)
 
 
 def view(row: SandboxRow) -> SandboxView:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from capsule.db.connection import Connection
     from capsule.model import (
         CreateSandbox,
+        CreateSnapshot,
         ExecCall,
         ExecResult,
         ExecStarted,
         FileEntry,
+        Forked,
         Principal,
         ProcessView,
         SandboxStatus,
@@ -31,7 +33,11 @@ if TYPE_CHECKING:
     from capsule.sandboxes.destroy import Destroyer
     from capsule.sandboxes.execs import Execs
     from capsule.sandboxes.files import Files
+    from capsule.sandboxes.fork import Forker
+    from capsule.sandboxes.pause import Pauser
+    from capsule.sandboxes.resume import Resumer
     from capsule.sandboxes.rows import SandboxRows
+    from capsule.sandboxes.snapshots import Snapshots
 
 V = TypeVar("V", "SandboxView", "TemplateView")
 
@@ -43,6 +49,9 @@ class Sandboxes:
     rows: SandboxRows
     creator: Creator
     destroyer: Destroyer
+    pauser: Pauser
+    resumer: Resumer
+    forker: Forker
     execs: Execs
     files: Files
 
@@ -71,6 +80,20 @@ class Sandboxes:
     async def destroy(self, principal: Principal, sandbox: UUID) -> None:
         """See `destroy.Destroyer`."""
         await self.destroyer.destroy(principal, sandbox)
+
+    async def pause(self, principal: Principal, sandbox: UUID) -> SandboxView:
+        """See `pause.Pauser`."""
+        return await self.pauser.pause(principal, sandbox)
+
+    async def resume(self, principal: Principal, sandbox: UUID) -> SandboxView:
+        """See `resume.Resumer`."""
+        return await self.resumer.resume(principal, sandbox)
+
+    async def fork(
+        self, principal: Principal, sandbox: UUID, count: int, idempotency_key: str | None
+    ) -> Sequence[Forked]:
+        """See `fork.Forker`."""
+        return await self.forker.fork(principal, sandbox, count, idempotency_key)
 
     async def exec(self, principal: Principal, sandbox: UUID, call: ExecCall) -> ExecResult | ExecStarted:
         """See `execs.Execs`."""
@@ -115,11 +138,20 @@ class Sandboxes:
         await self.files.remove(await self.rows.running(principal, sandbox), path)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Templates:
     """What sandboxes start from (`capsule.http.ports.TemplateService`)."""
 
     rows: SandboxRows
+    snapshots: Snapshots
+
+    async def create(self, principal: Principal, request: CreateSnapshot, idempotency_key: str | None) -> TemplateView:
+        """See `snapshots.Snapshots`."""
+        return _template(await self.snapshots.create(principal, request, idempotency_key))
+
+    async def delete(self, principal: Principal, name: str) -> None:
+        """See `snapshots.Snapshots`."""
+        await self.snapshots.delete(principal, name)
 
     async def list(
         self, principal: Principal, kind: TemplateType | None, limit: int, before: Position | None

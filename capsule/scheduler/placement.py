@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from uuid import UUID
 
 
@@ -27,6 +27,10 @@ class Size:
             memory_mb=self.memory_mb + other.memory_mb,
             disk_mb=self.disk_mb + other.disk_mb,
         )
+
+    def times(self, count: int) -> Size:
+        """What `count` of this size hold together."""
+        return Size(vcpus=self.vcpus * count, memory_mb=self.memory_mb * count, disk_mb=self.disk_mb * count)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,13 +66,17 @@ class HostLoad:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """No host fits. `limits`: which limits stood in the way, empty when there is no host at all."""
+    """No host fits. `limits`: which limits stood in the way, empty when there is no host at all. `narrowed`: only
+    certain hosts would do, those that have the snapshot."""
 
     hosts: int
     limits: tuple[str, ...] = ()
+    narrowed: bool = False
 
     def message(self, want: Size) -> str:
         """For the end user: what was wanted, and which limit was hit."""
+        if not self.hosts and self.narrowed:
+            return "no host that has the snapshot is online; try again later"
         if not self.hosts:
             return "no host is online and open for new sandboxes; add one, or try again later"
         words = {
@@ -77,7 +85,9 @@ class Refusal:
             "disk_mb": f"{want.disk_mb} MiB of disk",
         }
         missing = " and ".join(words[name] for name in self.limits)
-        online = "the only online host" if self.hosts == 1 else f"none of the {self.hosts} online hosts"
+        which = " that has the snapshot" if self.narrowed and self.hosts == 1 else ""
+        those = " that have the snapshot" if self.narrowed else ""
+        online = f"the only online host{which}" if self.hosts == 1 else f"none of the {self.hosts} online hosts{those}"
         verb = "lacks" if self.hosts == 1 else "has"
         return f"{online} {verb} {missing} to spare; destroy sandboxes, add a host, or try again later"
 
@@ -106,14 +116,21 @@ class LeastLoaded:
         return min(fitting, key=lambda host: (_fullness(host), host.id))
 
 
-def choose(hosts: Iterable[HostLoad], want: Size, *, strategy: Strategy, last: UUID | None = None) -> UUID | Refusal:
-    """The host for `want`, or why there is none."""
-    known = sorted(hosts, key=lambda host: host.id)
+def choose(
+    hosts: Iterable[HostLoad],
+    want: Size,
+    *,
+    strategy: Strategy,
+    last: UUID | None = None,
+    among: Collection[UUID] | None = None,
+) -> UUID | Refusal:
+    """The host for `want`, one of `among` when that is given, or why there is none."""
+    known = sorted((host for host in hosts if among is None or host.id in among), key=lambda host: host.id)
     fitting = [host for host in known if not host.shortages(want)]
     if fitting:
         return strategy.pick(fitting, last).id
     limits = {name for host in known for name in host.shortages(want)}
-    return Refusal(len(known), tuple(sorted(limits)))
+    return Refusal(len(known), tuple(sorted(limits)), narrowed=among is not None)
 
 
 def _fullness(host: HostLoad) -> float:

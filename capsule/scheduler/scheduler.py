@@ -44,25 +44,32 @@ RETRY_AFTER = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """What the database says: `sold` counts rows, and knows nothing of reservations."""
+    """What the database says: `sold` counts rows, and knows nothing of reservations. `closed`: limits of hosts that
+    are online and take no new sandboxes; those that rest there may be resumed."""
 
     limits: dict[UUID, Size]
     sold: dict[UUID, Size]
+    closed: dict[UUID, Size] = field(default_factory=dict)
 
-    def loads(self, reserved: dict[UUID, Size]) -> list[HostLoad]:
-        """Each schedulable host, with `reserved` on top of what is sold."""
+    def loads(self, reserved: dict[UUID, Size], *, resident: bool = False) -> list[HostLoad]:
+        """Each schedulable host, with `reserved` on top of what is sold; for a sandbox that is `resident` already the
+        closed ones, too."""
         none = Size()
+        limits = self.limits | self.closed if resident else self.limits
         return [
             HostLoad(id=host, limit=limit, sold=self.sold.get(host, none) + reserved.get(host, none))
-            for host, limit in self.limits.items()
+            for host, limit in limits.items()
         ]
 
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """A place on `host` for one sandbox, from the answer until `closed`."""
+    """A place on `host`, one of `among` when that is given, from the answer until `closed`. `resident`: for what is
+    there already and wants more of it."""
 
     want: Size
+    among: frozenset[UUID] | None = None
+    resident: bool = False
     host: UUID | None = None
     closed: bool = False
 
@@ -115,12 +122,24 @@ class Scheduler:
             await self._place(requests)
 
     @asynccontextmanager
-    async def reserve(self, want: Size) -> AsyncIterator[UUID]:
-        """A host with room for `want`, held for the length of the block: write the sandbox's row, with the host in it,
-        inside. Raises NoHostsAvailable, which says what was short; Busy; DatabaseUnavailable."""
-        reservation = Reservation(want)
+    async def reserve(self, want: Size, *, among: frozenset[UUID] | None = None) -> AsyncIterator[UUID]:
+        """A host with room for `want`, one of `among` when that is given, held for the length of the block: write the
+        sandbox's row, with the host in it, inside. Raises NoHostsAvailable, which says what was short; Busy;
+        DatabaseUnavailable."""
+        reservation = Reservation(want, among)
         try:
             yield await self._obtain(reservation)
+        finally:
+            self._release(reservation)
+
+    @asynccontextmanager
+    async def reserve_more(self, host: UUID, want: Size) -> AsyncIterator[None]:
+        """Room for `want` on top of what rests on `host`, as a resume needs it; else like `reserve`. The error's
+        `limits` are empty when the host is not online."""
+        reservation = Reservation(want, frozenset({host}), resident=True)
+        try:
+            await self._obtain(reservation)
+            yield
         finally:
             self._release(reservation)
 
@@ -170,31 +189,34 @@ class Scheduler:
         if reservation.closed:
             return
         want = reservation.want
-        chosen = choose(fleet.loads(reserved), want, strategy=self._strategy, last=self._last)
+        look = partial(choose, want=want, strategy=self._strategy, last=self._last, among=reservation.among)
+        chosen = look(fleet.loads(reserved, resident=reservation.resident))
         if isinstance(chosen, Refusal):
-            alone = choose(fleet.loads({}), want, strategy=self._strategy)
+            alone = look(fleet.loads({}, resident=reservation.resident))
             request.verdict.answer(Verdict(chosen, transient=not isinstance(alone, Refusal)))
             return
         reserved[chosen] = reserved.get(chosen, Size()) + want
-        self._last = reservation.host = chosen
+        reservation.host = chosen
+        if not reservation.resident:  # which had no choice
+            self._last = chosen
         self._held.add(reservation)
         self._placed += 1
         request.verdict.answer(Verdict(None))
 
 
 def fleet_reader(db: Database, overcommit: Overcommit) -> Callable[[], Awaitable[Fleet]]:
-    """Looks at the online regular hosts that are not cordoned, and at what their sandboxes hold."""
+    """Looks at the online regular hosts, and at what their sandboxes hold; cordoned ones are closed."""
     return partial(db.run, partial(_read_fleet, overcommit=overcommit))
 
 
 async def _read_fleet(tx: Connection, *, overcommit: Overcommit) -> Fleet:
     online = await host_rows.list_all(tx, statuses=["online"])
     sold = await sandbox_rows.reserved_by_host(tx)
+    regular = [host for host in online if host.type == "regular"]
     return Fleet(
-        limits={
-            host.id: overcommit.limit(_size(host)) for host in online if host.type == "regular" and not host.cordoned
-        },
+        limits={host.id: overcommit.limit(_size(host)) for host in regular if not host.cordoned},
         sold={row.host_id: _sold(row) for row in sold},
+        closed={host.id: overcommit.limit(_size(host)) for host in regular if host.cordoned},
     )
 
 

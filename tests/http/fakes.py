@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -16,6 +17,7 @@ from capsule.model import (
     ExecResult,
     ExecStarted,
     FileEntry,
+    ForkFailure,
     HostCredentials,
     HostView,
     Page,
@@ -117,6 +119,20 @@ class FakeSandboxes(Faulty):
     async def destroy(self, principal, sandbox):
         await self._enter("destroy", principal, sandbox)
         self._find(sandbox)
+
+    async def pause(self, principal, sandbox):
+        await self._enter("pause", principal, sandbox)
+        return replace(self._find(sandbox), status="paused", host_ip=None)
+
+    async def resume(self, principal, sandbox):
+        await self._enter("resume", principal, sandbox)
+        return replace(self._find(sandbox), status="running")
+
+    async def fork(self, principal, sandbox, count, idempotency_key):
+        await self._enter("fork", principal, sandbox, count, idempotency_key)
+        source = self._find(sandbox)
+        children = [replace(source, id=uuid4()) for _ in range(count - 1)]
+        return [*children, ForkFailure("no_hosts_available", "The host is full.")]
 
     async def exec(self, principal, sandbox, call):
         await self._enter("exec", principal, sandbox, call)
@@ -234,6 +250,17 @@ class FakeTemplates(Faulty):
                 memory_mb=256,
             ),
         ]
+
+    async def create(self, principal, request, idempotency_key):
+        await self._enter("create", principal, request, idempotency_key)
+        if request.name in {row.name for row in self.rows}:
+            raise errors.Conflict("There is one of that name.")
+        return replace(self.rows[1], name=request.name or "made-up")
+
+    async def delete(self, principal, name):
+        await self._enter("delete", principal, name)
+        if name not in {row.name for row in self.rows}:
+            raise errors.NotFound("There is no such template.")
 
     async def list(self, principal, kind, limit, before):
         await self._enter("list", principal, kind, limit, before)

@@ -18,7 +18,7 @@ async def test_create_without_a_body_uses_every_default(api):
     (_, (principal, request, key)) = api.sandboxes.asked[-1]
     assert principal.team_id == UUID(int=7)
     assert key is None
-    assert request == CreateSandbox(template="minimal", vcpus=1, memory_mb=512, timeout_sec=0, metadata={}, envs={})
+    assert request == CreateSandbox(template="minimal", vcpus=None, memory_mb=None, timeout_sec=0, metadata={}, envs={})
     assert answer.json() == {
         "id": answer.json()["id"],
         "status": "running",
@@ -90,6 +90,9 @@ async def test_a_malformed_id_is_400_everywhere(api, refused, text):
         await client.get(base),
         await client.delete(base),
         await client.post(f"{base}/ping"),
+        await client.post(f"{base}/pause"),
+        await client.post(f"{base}/resume"),
+        await client.post(f"{base}/fork"),
         await client.post(f"{base}/exec", json={"cmd": "x"}),
         await client.get(f"{base}/processes"),
         await client.delete(f"{base}/processes/1"),

@@ -51,6 +51,7 @@ async def test_a_host_falls_silent_and_comes_back(virtual_clock, world, agent, b
     lives, dies, forgotten = [await world.insert(agent, "running") for _ in range(3)]
     for row in (rows["running"], lives, dies, forgotten):
         agent.add_vm(row.id)
+    agent.add_paused(rows["paused"].id)
     await world.control_plane(monitor=True)
     await trio.sleep(60)
     agent.cut_off()

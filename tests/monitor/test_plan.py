@@ -19,7 +19,10 @@ from capsule.monitor.reconcile import Change, DestroyAgain, plan, settled, stran
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = UUID(int=1)
-VM_STATUSES = ("starting", "running", "stopping", "something new")
+VM_STATUSES = ("starting", "running", "pausing", "resuming", "stopping", "something new")
+SEEN = (None, "paused", *VM_STATUSES)
+"""What a host can say of a sandbox: nothing, that it rests, or how it lives."""
+TOLD = (None, "died", "destroyed", "auto_paused", "pause_failed")
 
 
 def row(status, *, overdue=False, **fields):
@@ -54,47 +57,63 @@ def vm(one, status="running", host_ip="10.11.0.1"):
     return SandboxState(sandbox_id=str(one.id), status=status, vcpus=1, memory_mb=1, disk_mb=1, host_ip=host_ip)
 
 
-def entry(one, reason="it died", sequence=1):
-    return OutboxEntry(sequence=sequence, sandbox_id=str(one.id), event="died", reason=reason, at=0.0)
+def entry(one, reason="it died", sequence=1, event="died"):
+    return OutboxEntry(sequence=sequence, sandbox_id=str(one.id), event=event, reason=reason, at=0.0)
+
+
+def listing_of(one, seen, told=None):
+    """What the host says of one sandbox."""
+    return HostListing(
+        sandboxes=[vm(one, seen)] if seen in VM_STATUSES else [],
+        paused=[str(one.id)] if seen == "paused" else [],
+        outbox=[] if told is None else [entry(one, event=told)],
+    )
 
 
 def situations():
     """Every row, with and without everything a host can say of it."""
-    for status, vm_status, told, overdue in product(Status, (None, *VM_STATUSES), (False, True), (False, True)):
+    for status, seen, told, overdue in product(Status, SEEN, TOLD, (False, True)):
         one = row(status, overdue=overdue)
-        listing = HostListing(
-            sandboxes=[] if vm_status is None else [vm(one, vm_status)], outbox=[entry(one)] if told else []
-        )
-        yield one, listing
+        yield one, seen, told, overdue
 
 
 def carry_out(steps, rows, listing):
     """Rows and listing as they are afterwards, by the rules of the database."""
     after = {one.id: one for one in rows}
-    vms = {state.sandbox_id: state for state in listing.sandboxes}
+    gone = set()
     for step in steps:
         match step:
-            case Change(row=one, to_status=status):
-                assert (Status(one.status), status) in TRANSITIONS
-                after[one.id] = msgspec.structs.replace(
-                    one, status=str(status), generation=one.generation + 1, transition_deadline=None
-                )
+            case Change(row=one, to_status=to_status, via=via):
+                for status in (via, to_status):
+                    if status is not None:
+                        assert (Status(after[one.id].status), status) in TRANSITIONS
+                        after[one.id] = msgspec.structs.replace(
+                            after[one.id],
+                            status=str(status),
+                            generation=after[one.id].generation + 1,
+                            transition_deadline=None,
+                        )
             case DestroyAgain(row=one):
-                vms.pop(str(one.id), None)
-    return list(after.values()), msgspec.structs.replace(listing, sandboxes=list(vms.values()))
+                gone.add(str(one.id))
+    return list(after.values()), msgspec.structs.replace(
+        listing,
+        sandboxes=[state for state in listing.sandboxes if state.sandbox_id not in gone],
+        paused=[one for one in listing.paused if one not in gone],
+    )
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_every_step_is_legal_and_the_work_gets_done(together):
     """In every situation, alone and all on one host: each step is one of the table, and after a few rounds there is
     nothing left to do."""
-    all_of_them = list(situations())
+    all_of_them = [(one, listing_of(one, seen, told)) for one, seen, told, _ in situations()]
     cases = (
         [
             (
                 [one for one, _ in all_of_them],
                 HostListing(
                     sandboxes=[state for _, listing in all_of_them for state in listing.sandboxes],
+                    paused=[paused for _, listing in all_of_them for paused in listing.paused],
                     outbox=[told for _, listing in all_of_them for told in listing.outbox],
                 ),
             )
@@ -104,50 +123,77 @@ def test_every_step_is_legal_and_the_work_gets_done(together):
     )
     for rows, listing in cases:
         for _ in range(3):
-            steps = plan(rows, listing, NOW)
-            again = any(isinstance(step, DestroyAgain) for step in steps)
-            rows, listing = carry_out(steps, rows, listing)  # noqa: PLW2901 - that is the point
-            if not again:
-                break
+            rows, listing = carry_out(plan(rows, listing, NOW), rows, listing)  # noqa: PLW2901 - that is the point
         assert plan(rows, listing, NOW) == []
 
 
+def expected(status, seen, told, overdue):  # noqa: C901 - the table, as a reader would have it
+    """What becomes of a row; None: it is left alone."""
+    ended = told in {"died", "destroyed"} and seen != "paused"
+    match status, seen:
+        case (("pending" | "stopped" | "error"), _):
+            return None
+        case "stopping", None:
+            return "stopped"
+        case "stopping", _:
+            return "destroy" if overdue and seen != "stopping" else None
+        case _ if ended:
+            return "error"
+        case "starting", ("running" | "paused"):
+            return "running"
+        case "starting", None:
+            return "error" if overdue else None
+        case (("pausing" | "resuming"), _) if not overdue:
+            return None
+        case (("running" | "missing" | "pausing" | "resuming" | "paused"), None):
+            return "error"
+        case (("running" | "missing" | "pausing" | "resuming"), "paused"):
+            return "paused"
+        case (("missing" | "pausing" | "resuming" | "paused"), "running"):
+            return "running"
+    return None
+
+
 def test_what_is_decided():
-    """The table, as a reader would have it: status, VM, outbox, overdue, and what becomes of it."""
-    expected = {
-        ("starting", "running", False): Status.RUNNING,
-        ("missing", "running", False): Status.RUNNING,
-        ("running", None, False): Status.ERROR,
-        ("missing", None, False): Status.ERROR,
-        ("stopping", None, False): Status.STOPPED,
-        ("stopping", None, True): Status.STOPPED,
-    }
-    for told_status in ("starting", "running", "missing"):
-        for vm_status in (None, *VM_STATUSES):
-            expected[told_status, vm_status, True] = Status.ERROR
-    for one, listing in situations():
-        vm_status = listing.sandboxes[0].status if listing.sandboxes else None
-        overdue = one.transition_deadline is not None and one.transition_deadline < NOW
-        told = bool(listing.outbox)
-        steps = plan([one], listing, NOW)
-        want = expected.get((one.status, vm_status, told))
-        if one.status == "starting" and vm_status is None and overdue:
-            want = Status.ERROR
-        if one.status == "stopping" and overdue and vm_status not in {None, "stopping"}:
-            assert steps == [DestroyAgain(one)]
-        elif want is None:
-            assert steps == []
-        else:
-            (step,) = steps
-            assert (step.row, step.to_status) == (one, want)
-            assert (step.host_ip == "10.11.0.1") == (want == Status.RUNNING)
-            assert (step.reason is None) == (want in {Status.RUNNING, Status.STOPPED})
+    """Status, what the host has, what it tells, overdue, and what becomes of it; with words for people, and with the
+    address of one that runs."""
+    for one, seen, told, overdue in situations():
+        steps = plan([one], listing_of(one, seen, told), NOW)
+        want = expected(one.status, seen, told, overdue)
+        if want is None:
+            assert steps == [], (one.status, seen, told, overdue)
+            continue
+        (step,) = steps
+        if want == "destroy":
+            assert step == DestroyAgain(one)
+            continue
+        assert (step.row, step.to_status) == (one, want), (one.status, seen, told, overdue)
+        assert (step.host_ip == "10.11.0.1") == (want == "running" and seen == "running")
+        assert bool(step.reason) == (want in {"error", "paused"} or (want == "running" and one.status == "pausing"))
+
+
+def test_a_pause_has_the_reason_that_the_host_told():
+    """The latest entry of its kind; without one it is said that the host did it. A resume that nobody finished keeps
+    its own."""
+    running, resuming = row(Status.RUNNING), row(Status.RESUMING, overdue=True)
+    entries = [
+        entry(running, "idle again", sequence=7, event="auto_paused"),
+        entry(running, "cannot", sequence=8, event="pause_failed"),
+        entry(running, "idle", sequence=3, event="auto_paused"),
+        entry(resuming, "idle", sequence=4, event="auto_paused"),
+    ]
+    paused = [str(running.id), str(resuming.id)]
+    first, second = plan([running, resuming], HostListing(paused=paused, outbox=entries), NOW)
+    assert (first.reason, first.via, second.via) == ("idle again", Status.PAUSING, None)
+    assert second.reason == "it was not resumed in time"
+    (untold,) = plan([running], HostListing(paused=paused), NOW)
+    assert untold.reason == "its host paused it"
 
 
 def test_final_rows_stay_as_they_are():
-    for one, listing in situations():
+    for one, seen, told, _ in situations():
         if one.status in FINAL:
-            assert plan([one], listing, NOW) == []
+            assert plan([one], listing_of(one, seen, told), NOW) == []
 
 
 @given(st.text())
@@ -164,20 +210,39 @@ def test_a_hosts_words_are_fit_to_be_stored(text):
 
 def test_strangers():
     """Everything the host has that no row read speaks of."""
-    known, unknown = row(Status.RUNNING), row(Status.RUNNING)
-    assert strangers([known], HostListing(sandboxes=[vm(known), vm(unknown)])) == {unknown.id}
+    known, unknown, resting = [row(Status.RUNNING) for _ in range(3)]
+    listing = HostListing(sandboxes=[vm(known), vm(unknown)], paused=[str(resting.id)])
+    assert strangers([known], listing) == {unknown.id, resting.id}
 
 
 def test_when_an_entry_may_go():
     """When its row does not need it any more: it is over, on its way out, at rest, of another host, or not there."""
-    needing = {status for status in Status if not settled(row(status), HOST)}
-    assert needing == {Status.STARTING, Status.RUNNING, Status.MISSING}
-    assert settled(None, HOST)
-    assert settled(row(Status.RUNNING, host_id=UUID(int=9)), HOST)
-    for one, listing in situations():  # whatever is needed is used
-        if listing.outbox and not settled(one, HOST):
-            (step,) = plan([one], listing, NOW)
-            assert settled(msgspec.structs.replace(one, status=str(step.to_status)), HOST)
+
+    def needing(event, *, rests):
+        one = row(Status.RUNNING)
+        told = entry(one, event=event)
+        return {status for status in Status if not settled(told, row(status), HOST, rests=rests)}
+
+    lives_or_rests = set(Status) - FINAL - {Status.PENDING, Status.STOPPING}
+    for event in ("died", "destroyed"):
+        assert needing(event, rests=False) == lives_or_rests
+        assert needing(event, rests=True) == set()
+    assert needing("auto_paused", rests=True) == {Status.STARTING, Status.RUNNING, Status.MISSING}
+    assert needing("auto_paused", rests=False) == set()
+    assert needing("pause_failed", rests=False) == needing("pause_failed", rests=True) == set()
+    assert settled(entry(row(Status.RUNNING)), None, HOST, rests=False)
+    assert settled(entry(row(Status.RUNNING)), row(Status.RUNNING, host_id=UUID(int=9)), HOST, rests=False)
+
+
+def test_whatever_an_entry_is_needed_for_is_done():
+    """No entry stays for ever: what its row needs it for is a step of the plan, or two."""
+    for one, seen, told, _ in situations():
+        if told is None or settled(entry(one, event=told), one, HOST, rests=seen == "paused"):
+            continue
+        rows, listing = [one], listing_of(one, seen, told)
+        for _ in range(2):
+            rows, listing = carry_out(plan(rows, listing, NOW), rows, listing)
+        assert settled(entry(one, event=told), rows[0], HOST, rests=seen == "paused")
 
 
 async def test_the_database_has_the_same_table(virtual_clock, world):

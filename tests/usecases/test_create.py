@@ -28,6 +28,7 @@ async def test_a_sandbox_runs_when_the_answer_comes(virtual_clock, world, agent,
         "memory_mb": 1024,
         "hostname": f"sb-{view.id.hex[:12]}",
         "envs": {"K": "V"},
+        "timeout_sec": 60,
     }
     (row,) = await world.sql("select actor_name, action, status, resource_id, metadata from audit_logs")
     assert tuple(row) == ("key", "create", "success", f"sb-{view.id}", {"template": "minimal"})

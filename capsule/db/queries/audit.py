@@ -45,3 +45,21 @@ async def append(
         status,
         dict(metadata or {}),
     )
+
+
+async def append_system(
+    tx: Connection, team_id: UUID, sandbox_id: UUID, *, action: str, status: Outcome, metadata: Mapping[str, str]
+) -> None:
+    """What the system did to a sandbox, or learned that its host did."""
+    await append(
+        tx,
+        actor_type="system",
+        actor_id=None,
+        actor_name="monitor",
+        team_id=team_id,
+        resource_type="sandbox",
+        resource_id=f"sb-{sandbox_id}",
+        action=action,
+        status=status,
+        metadata=metadata,
+    )

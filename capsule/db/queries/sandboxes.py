@@ -178,6 +178,30 @@ async def change_status(
     return one(SandboxRow, record)
 
 
+async def hand_over(tx: Connection, sandbox_id: UUID, generation: int) -> None:
+    """Nobody works on this row any more: whoever looks after overdue ones may, at once."""
+    await tx.execute(
+        """
+        update sandboxes set transition_deadline = least(transition_deadline, clock_timestamp())
+        where id = $1 and generation = $2 and transition_deadline is not null
+        """,
+        sandbox_id,
+        generation,
+    )
+
+
+async def using_template(tx: Connection, template_id: UUID) -> list[UUID]:
+    """Sandboxes that live or rest and were made from this template, oldest first; at most 1000."""
+    records = await tx.fetch(
+        """
+        select id from sandboxes where template_id = $1 and status not in ('stopped', 'error')
+        order by created_at, id limit 1000
+        """,
+        template_id,
+    )
+    return [record["id"] for record in records]
+
+
 async def touch(tx: Connection, sandbox_id: UUID) -> None:
     """The sandbox was used now. Written at most once a second, and only while it runs."""
     await tx.execute(

@@ -1,0 +1,201 @@
+"""/v1/snapshots: freezing sandboxes under a name, and taking such templates back.
+
+The template's id is the snapshot's on its hosts. A snapshot is made first and written down then, so that no row speaks
+of one that is not there; deleting is the other way round. What is left over by whoever died in between is the
+monitor's to remove.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import structlog
+import trio
+
+from agent.wire import calls
+from agent.wire.faults import Fault, FaultCode
+from agent.wire.lifecycle import Status
+from capsule import errors
+from capsule.db.errors import ConstraintViolated
+from capsule.db.queries import idempotency, sandboxes, teams, templates
+from capsule.hosts.answers import parse_answer
+from capsule.sandboxes.admission import fingerprint, no_template, same_request
+from capsule.sandboxes.asking import persist
+from capsule.sandboxes.failures import as_error
+from capsule.sandboxes.rows import found, record, wrong_status
+
+if TYPE_CHECKING:
+    from capsule.config import Settings
+    from capsule.db.connection import Connection
+    from capsule.db.queries.sandboxes import SandboxRow
+    from capsule.db.queries.templates import TemplateRow
+    from capsule.hosts.links import HostLinks
+    from capsule.model import CreateSnapshot, Principal
+    from capsule.sandboxes.operations import Operations
+    from capsule.sandboxes.pause import Pauser
+    from capsule.sandboxes.rows import SandboxRows
+
+log = structlog.get_logger()
+
+FREEZABLE = frozenset({Status.RUNNING, Status.PAUSED})
+MAX_BYTES = 2**63 - 1
+ENDPOINT = "POST /v1/snapshots"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A snapshot to be made: what it is called here and on the host, and of which sandbox. `made`: it is there."""
+
+    id: UUID
+    name: str
+    source: SandboxRow
+    made: TemplateRow | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshots:
+    """Makes and deletes the teams' templates."""
+
+    rows: SandboxRows
+    links: HostLinks
+    operations: Operations
+    pauser: Pauser
+    settings: Settings
+
+    async def create(self, principal: Principal, request: CreateSnapshot, idempotency_key: str | None) -> TemplateRow:
+        """Freeze a running sandbox, which runs on, or a paused one; goes on when the caller goes away."""
+        key = None if idempotency_key is None else (principal.team_id, idempotency_key, fingerprint(request))
+        work = partial(self._create, principal, request, idempotency_key)
+        return await self.operations.finish(work, key=key)
+
+    async def _create(self, principal: Principal, request: CreateSnapshot, key: str | None) -> TemplateRow:
+        plan = await self.rows.transaction(begin, principal, request, key)
+        if plan.made is not None:
+            return plan.made
+        if request.pause and plan.source.status == Status.RUNNING:
+            await self.pauser.pause(principal, request.sandbox)
+        with structlog.contextvars.bound_contextvars(sandbox_id=str(request.sandbox), snapshot_id=str(plan.id)):
+            size_bytes = await self._freeze(plan)
+            try:
+                return await self.rows.patiently(_write_down, principal, plan, size_bytes)
+            except errors.NoTeam as err:
+                failure: errors.CapsuleError = err
+            except ConstraintViolated as err:
+                if err.name != "templates_name_key":
+                    raise
+                failure = taken(plan.name)
+            await self._remove(_host(plan.source), plan.id)
+            raise failure
+
+    async def _freeze(self, plan: Plan) -> int:
+        """Have the host make it; allocated bytes."""
+        question = calls.CreateSnapshot(snapshot_id=str(plan.id), sandbox_id=str(plan.source.id))
+        try:
+            answer = await persist(
+                self.links,
+                _host(plan.source),
+                "snapshot.create",
+                calls.body_of(question),
+                timeout=self.settings.pause_timeout,
+                patience=self.settings.call_timeout,
+            )
+            return min(max(parse_answer(calls.SnapshotState, answer).size_bytes, 0), MAX_BYTES)
+        except Fault as fault:
+            log.warning("snapshot_not_made", code=fault.code, message=fault.message)
+            raise as_error(fault) from fault
+
+    async def delete(self, principal: Principal, name: str) -> None:
+        """Delete the team's template and tell every host that has a copy; the monitor tells those that are away."""
+        await self.operations.finish(partial(self._delete, principal, name))
+
+    async def _delete(self, principal: Principal, name: str) -> None:
+        template, hosts = await self.rows.transaction(_mark_deleted, principal, name)
+        async with trio.open_nursery() as nursery:
+            for host in hosts:
+                nursery.start_soon(self._take_back, host, template)
+
+    async def _take_back(self, host: UUID, template: UUID) -> None:
+        if await self._remove(host, template):
+            try:
+                await self.rows.transaction(templates.forget_copy, template, host)
+            except errors.DatabaseUnavailable:
+                log.warning("copy_not_forgotten", host_id=str(host), snapshot_id=str(template))
+
+    async def _remove(self, host: UUID, snapshot: UUID) -> bool:
+        """Whether the host has it no more."""
+        body = calls.body_of(calls.SnapshotRef(snapshot_id=str(snapshot)))
+        try:
+            await self.links.call(host, "snapshot.remove", body, timeout=self.settings.call_timeout)
+        except Fault as fault:
+            log.warning("snapshot_stays", host_id=str(host), snapshot_id=str(snapshot), code=fault.code)
+            return fault.code == FaultCode.NOT_FOUND
+        return True
+
+
+def _host(row: SandboxRow) -> UUID:
+    assert row.host_id is not None  # noqa: S101 - it runs or rests there
+    return row.host_id
+
+
+def taken(name: str) -> errors.Conflict:
+    """For a name that is not free."""
+    return errors.Conflict(f"there is a template {name} already; choose another name or delete it")
+
+
+async def begin(tx: Connection, principal: Principal, request: CreateSnapshot, key: str | None) -> Plan:
+    """What is to be made, if it may be. With a key that was used: what was made then, or is to be made still."""
+    snapshot, made = uuid4(), None
+    row = found(await sandboxes.get(tx, principal.team_id, request.sandbox))
+    if key is not None:
+        claim = await idempotency.claim(tx, principal.team_id, key, fingerprint(request), snapshot, endpoint=ENDPOINT)
+        if claim is not None:
+            snapshot = same_request(claim, request)
+            made = await templates.get_any(tx, snapshot)
+    name = request.name or f"{row.template[:55]}-{snapshot.hex[:8]}"
+    if made is None:
+        if row.status not in FREEZABLE:
+            raise wrong_status(row, "a running or paused one")
+        if await templates.get_by_name(tx, principal.team_id, name) is not None:
+            raise taken(name)
+    return Plan(id=snapshot, name=name, source=row, made=made)
+
+
+async def _write_down(tx: Connection, principal: Principal, plan: Plan, size_bytes: int) -> TemplateRow:
+    if (made := await templates.get_any(tx, plan.id)) is not None:
+        return made
+    if await teams.limits(tx, principal.team_id) is None:
+        raise errors.NoTeam("your team was deleted")
+    row = await templates.insert_snapshot(
+        tx,
+        id=plan.id,
+        team_id=principal.team_id,
+        name=plan.name,
+        vcpus=plan.source.vcpus,
+        memory_mb=plan.source.memory_mb,
+        disk_mb=plan.source.disk_mb,
+        size_bytes=size_bytes,
+        host_id=_host(plan.source),
+    )
+    metadata = {"name": plan.name, "sandbox_id": f"sb-{plan.source.id}"}
+    await record(tx, principal, plan.id, "create", "success", metadata, kind="snapshot")
+    return row
+
+
+async def _mark_deleted(tx: Connection, principal: Principal, name: str) -> tuple[UUID, list[UUID]]:
+    """The id of the template that is none any more, and the hosts that have copies."""
+    template = await templates.take(tx, principal.team_id, name)
+    if template is None:
+        if await templates.get_by_name(tx, principal.team_id, name) is not None:
+            raise errors.Forbidden(f"{name} is a template of the platform; only the platform can delete it")
+        raise no_template(name)
+    if users := await sandboxes.using_template(tx, template.id):
+        raise errors.InUse(
+            f"{len(users)} sandboxes that were made from {name} live or rest; destroy them first",
+            sandbox_ids=[f"sb-{one}" for one in users],
+        )
+    await templates.mark_deleted(tx, template.id)
+    await record(tx, principal, template.id, "delete", "warning", {"name": name}, kind="snapshot")
+    return template.id, await templates.hosts_of(tx, template.id, lost=True)
