@@ -14,7 +14,7 @@ from typing import Protocol
 from uuid import UUID
 
 from agent.snapshots import files
-from agent.snapshots.comparison import BUFFER_BYTES, Comparison, Kind
+from agent.snapshots.comparison import Comparison, Kind, spans
 from agent.snapshots.errors import WouldBlock
 from agent.snapshots.header import NIL, PAGE, Header, Run
 from agent.snapshots.memory_file import GuestMemory, SourceUnreadable, read_exactly
@@ -85,10 +85,11 @@ def capture(
     old = None if parent is None or parent_header is None else _Parent(parent)
 
     def changes() -> Iterator[Run]:
-        for offset, length in _steps(ranges, memory_bytes):
+        for offset, parts in spans(_checked(ranges, memory_bytes)):
+            length = parts[-1][1]
             read_exactly(source, comparison.new[:length], offset)
             known = old is not None and old.read(offset, comparison.old[:length])
-            for kind, start, end in comparison.kinds(length, known=known):
+            for kind, start, end in comparison.kinds(parts, known=known):
                 found[kind] += (end - start) // PAGE
                 if kind is Kind.CHANGED:
                     yield Run(offset + start, end - start, writer.build, writer.append(comparison.new[start:end]))
@@ -137,12 +138,11 @@ class _Parent:
         return True
 
 
-def _steps(ranges: Iterable[Range], memory_bytes: int) -> Iterator[Range]:
-    """Yield the ranges in pieces that fit the buffers. Raises ValueError for what are no ranges of this memory."""
+def _checked(ranges: Iterable[Range], memory_bytes: int) -> Iterator[Range]:
+    """Yield the ranges. Raises ValueError for what are no ranges of this memory, or not in order."""
     end = 0
     for offset, length in ranges:
         if offset < end or length <= 0 or offset % PAGE or length % PAGE or offset + length > memory_bytes:
             raise ValueError(f"no range of a memory of {memory_bytes} bytes after {end}: {offset}, {length}")
         end = offset + length
-        for start in range(offset, end, BUFFER_BYTES):
-            yield start, min(BUFFER_BYTES, end - start)
+        yield offset, length

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from agent.snapshots import pagemap
 from agent.snapshots.capture import Content
-from agent.snapshots.comparison import BUFFER_BYTES, Comparison, Kind
+from agent.snapshots.comparison import Comparison, Kind, spans
 from agent.snapshots.header import NIL, Header
 from agent.snapshots.memory_file import GuestMemory, data_within, holes_within, read_exactly
 from agent.snapshots.pagemap import Mapping, NotTracked, Range, ScanUnsupported, merge
@@ -125,14 +125,13 @@ class ContentDirty:
 
     def _changed(self, parent: Content) -> Iterator[Range]:
         comparison = Comparison()
-        for first, total in _all_data(self._memory):
-            for offset in range(first, first + total, BUFFER_BYTES):
-                length = min(BUFFER_BYTES, first + total - offset)
-                read_exactly(self._memory.fd, comparison.new[:length], offset)
-                parent.read_into(offset, comparison.old[:length])
-                for kind, start, end in comparison.kinds(length, known=True):
-                    if kind is not Kind.EQUAL:
-                        yield offset + start, end - start
+        for offset, parts in spans(_all_data(self._memory)):
+            length = parts[-1][1]
+            read_exactly(self._memory.fd, comparison.new[:length], offset)
+            parent.read_into(offset, comparison.old[:length])
+            for kind, start, end in comparison.kinds(parts, known=True):
+                if kind is not Kind.EQUAL:
+                    yield offset + start, end - start
 
     def _zeroed(self, header: Header) -> Iterator[Range]:
         """Yield the holes that are zeros although the parent may have something there."""

@@ -128,13 +128,14 @@ class MemoryProcess:
         return json.loads(self._link.recv(1 << 20))
 
     @contextmanager
-    def storm(self) -> Iterator[None]:
-        """Let the process write every page again and again meanwhile; the model does not follow."""
+    def storm(self, turns: int = 200) -> Iterator[None]:
+        """Let the process write every page again and again meanwhile, `turns` times at least; no model follows."""
         over = threading.Event()
 
         def write() -> None:
+            self.ask("storm", 0, self.size, turns)
             while not over.is_set():
-                self.ask("storm", 0, self.size, 200)
+                self.ask("storm", 0, self.size, turns)
 
         thread = threading.Thread(target=write)
         thread.start()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import ctypes
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -27,6 +28,8 @@ UFFDIO_WRITEPROTECT = 0xC018AA06
 UFFDIO_WRITEPROTECT_MODE_WP = 1
 MADV_REMOVE = 9
 PAGE = 4096
+
+TURNS = itertools.count(1)
 
 
 def arm(address: int, size: int, modes: int, features: int, *, whole: bool) -> int:
@@ -82,8 +85,8 @@ def fork_and_write(memory: mmap.mmap, offset: int, length: int, byte: int) -> No
 
 
 def storm(memory: mmap.mmap, offset: int, length: int, turns: int) -> None:
-    """Every page again and again, each time with another number."""
-    for turn in range(turns):
+    """Every page `turns` times, each time with a number that it never had."""
+    for turn in itertools.islice(TURNS, turns):
         for at in range(offset, offset + length, PAGE):
             memory[at : at + 8] = struct.pack("<Q", turn << 32 | at)
 

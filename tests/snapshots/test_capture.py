@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import tracemalloc
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from agent.snapshots import capture as module
 from agent.snapshots.capture import capture, grab
-from agent.snapshots.comparison import BUFFER_BYTES, PIECE
+from agent.snapshots.comparison import BUFFER_BYTES, GAP, PIECE, spans
 from agent.snapshots.dirty import ContentDirty, Descent
 from agent.snapshots.errors import DataDamaged, HostDiskFull, StoreFailed, WouldBlock
 from agent.snapshots.memory_file import SourceUnreadable, data_within
@@ -88,6 +89,20 @@ def test_the_first_generation_is_what_is_there(file, generations, new):
     whole = generations.attempt(source, [(0, SIZE)], SIZE)
     assert generations.content(whole) == content
     assert whole.pages_written == result.pages_written
+
+
+@given(ranges=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 80)), max_size=12))
+def test_spans_are_the_ranges_in_pieces_that_fit(ranges):
+    """The same pages in the same order, and gaps that are read are short."""
+    ranges = merge((page * PAGE, count * PAGE) for page, count in ranges)
+    found = []
+    for offset, parts in spans(ranges):
+        assert parts[0][0] == 0
+        assert parts[-1][1] <= BUFFER_BYTES
+        assert all(0 < second[0] - first[1] <= GAP for first, second in itertools.pairwise(parts))
+        found += [(offset + start, end - start) for start, end in parts]
+    assert found == sorted(found)
+    assert merge(found) == ranges
 
 
 class SlowParent:

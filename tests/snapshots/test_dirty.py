@@ -172,7 +172,7 @@ def test_pages_beyond_what_was_fetched_stay_the_parents_without_protection_of_th
     assert dirty.ranges() == [(0, PAGE)]
 
 
-def test_looking_at_a_memory_brings_nothing(restored, tracker, tmp_path):
+def test_looking_at_a_memory_brings_nothing(restored, tracker, generations, tmp_path):
     """A page that is looked at must still be missing to its VM, or it would find zeros there."""
     process, parent = restored
     process.do("write", 0, PAGE, 7)
@@ -181,6 +181,7 @@ def test_looking_at_a_memory_brings_nothing(restored, tracker, tmp_path):
     ranges = dirty.take()
     with (tmp_path / "grabbed").open("wb") as file:
         grab(process.memory, [(0, SIZE)], file.fileno())
+    generations.attempt(process.memory.fd, [(0, SIZE)], SIZE)
     assert page_set(ranges)
     assert process.blocks() == blocks
     process.do("read", 0, SIZE)
