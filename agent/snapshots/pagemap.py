@@ -119,12 +119,15 @@ def mapped_by_entries(pid: int, mappings: Iterable[Mapping]) -> list[Range]:
 def merge(ranges: Iterable[Range]) -> list[Range]:
     """Return the same pages in ascending order, each once, neighbours joined."""
     merged: list[Range] = []
+    start = end = 0
     for offset, length in sorted(ranges):
-        if merged and offset <= (end := sum(merged[-1])):
-            start = merged[-1][0]
-            merged[-1] = (start, max(end, offset + length) - start)
-        elif length:
-            merged.append((offset, length))
+        if offset > end:
+            if end > start:
+                merged.append((start, end - start))
+            start, end = offset, offset
+        end = max(end, offset + length)
+    if end > start:
+        merged.append((start, end - start))
     return merged
 
 
