@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -110,7 +111,7 @@ class Draft:
         """Take over the device state and the working set of another snapshot."""
         with files.reported(f"copying from {source.directory}"):
             files.link(source.state, self.state_path)
-            if source.working_set.exists():
+            with suppress(FileNotFoundError):  # advice; there may be none
                 files.link(source.working_set, self.working_set)
 
     def publish(self, description: Description, layers: Sequence[UUID]) -> Snapshot:

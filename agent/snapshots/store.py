@@ -76,7 +76,6 @@ class SnapshotStore:
         """Make another snapshot of the same builds and layers. Raises like `load`, and SnapshotExists."""
         with self.draft(snapshot_id) as draft:
             found = self._held(source, draft)
-            draft.link_state(found)
             draft.write_header(found.header)
             description = msgspec.structs.replace(found.manifest.description, kind=kind, owner=owner)
             return draft.publish(description, found.manifest.layers)
@@ -95,7 +94,6 @@ class SnapshotStore:
         """
         with self.draft(snapshot_id) as draft:
             found = self._held(source, draft)
-            draft.link_state(found)
             with MemoryReader(found.header, self._layout.builds) as memory:
                 draft.write_header(compaction.rewrite(memory, draft.new_build(), should_stop=should_stop))
             layers = found.manifest.layers
@@ -182,14 +180,18 @@ class SnapshotStore:
         return self._layout.builds
 
     def _held(self, source: UUID, draft: Draft) -> Snapshot:
-        """Load a snapshot whose parts stay until the draft is closed, even if it is removed in the meantime."""
-        with self._holds.lock:
+        """Load a snapshot for `draft`, which takes its state and keeps its parts, even if it is removed from now on."""
+        found = self.load(source)
+        with self._holds.lock:  # nobody removes or collects it now
             try:
-                found = manifest.read(self._layout.snapshot(source))
-                draft.hold(found.builds, found.layers)
+                same = manifest.read(found.directory) == found.manifest
             except ManifestDamaged:
-                pass  # as `load` will say
-        return self.load(source)
+                same = False
+            if not same:
+                raise SnapshotMissing(f"the snapshot {source} was removed while it was read")
+            draft.hold(found.manifest.builds, found.manifest.layers)
+            draft.link_state(found)
+        return found
 
 
 def _allocated(path: Path) -> int:

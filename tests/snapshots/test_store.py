@@ -204,6 +204,27 @@ def test_copies_share_everything_and_live_alone(store, root, image):
     assert contents(root) == needed([found])
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_source_that_goes_while_it_is_copied_is_missing(store, root, image, monkeypatch, again):
+    """Removed between being read and being linked, perhaps made anew under its id: never half of each."""
+    source = publish(store, {1: 1}, disk=image())
+    load = store.load
+
+    def load_and_remove(snapshot_id):
+        found = load(snapshot_id)
+        store.remove(snapshot_id)
+        if again:
+            publish(store, {1: 2}, snapshot_id=snapshot_id)
+        return found
+
+    monkeypatch.setattr(store, "load", load_and_remove)
+    with pytest.raises(errors.SnapshotMissing):
+        store.copy(source.id, uuid4(), kind="named", owner="")
+    with pytest.raises(errors.SnapshotMissing):
+        store.compact(source.id if not again else publish(store, {1: 1}).id, uuid4())
+    assert contents(root) == (needed([load(each.id) for each in store.list()]) if again else set())
+
+
 def test_removing_keeps_what_others_refer_to(store, root, image):
     """The parent's data stays as long as a child needs it (trap 3), and goes with the last one."""
     first = publish(store, {1: 1, 2: 2}, disk=image(b"1"))
