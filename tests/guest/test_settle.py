@@ -129,8 +129,10 @@ def test_an_exec_while_frozen_runs_after_the_thaw(client, group, counter, tmp_pa
 def test_sigkill_reaches_the_frozen(client, group, counter, running, until, tmp_path):
     """Time-out, CANCEL and processes.signal end what stands still; a handler of another signal runs at the thaw."""
     trapped = tmp_path / "trapped"
-    trap = {"cmd": f"trap 'echo > {trapped}' USR1; while :; do sleep 0.01; done", "background": True, "tag": "trap"}
-    assert client.call("exec", trap).reply is not None
+    ready = tmp_path / "ready"
+    trap = f"trap 'echo > {trapped}' USR1; echo > {ready}; while :; do sleep 0.01; done"
+    client.call("exec", {"cmd": trap, "background": True, "tag": "trap"})
+    until(ready.exists, "the handler is there")
     slow = client.open("exec", {"cmd": "sleep 1000", "timeout_ms": 500})
     given_up = client.open("exec", {"cmd": "sleep 1000"})
     pids = [client.notice(stream)["pid"] for stream in (slow, given_up)]

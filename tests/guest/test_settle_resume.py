@@ -6,8 +6,10 @@ import ctypes
 import os
 import signal
 import socket
+import stat
 import subprocess
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 pytestmark = [pytest.mark.host, pytest.mark.skipif(os.geteuid() != 0, reason="control groups need root")]
 
 COUNT = "while :; do echo >> {file}; sleep 0.01; done"
-SYS_PIDFD_OPEN, SYS_PIDFD_GETFD = 434, 438
+SYS_PIDFD_GETFD = 438
 
 
 @pytest.fixture
@@ -63,6 +65,28 @@ def test_the_new_host_ends_what_the_old_one_left(client, guest, group, jobs, run
     assert guest.connect().call("settle").reply["frozen"] is True
 
 
+def wrote(pid, log):
+    """The bytes a process has written until now; also into `log`."""
+    lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    log.append(next(line for line in lines if line.startswith("wchar")))
+    return log[-1]
+
+
+def test_a_connection_that_nobody_reads_ends_too(guest, group, until, running):
+    """Its output is stuck in the kernel, and so it stays open as long as nobody gives it up."""
+    stuck = guest.connect(initial_credit=16 << 20)
+    stream = stuck.open("exec", {"cmd": "cat /dev/zero"})
+    pid = stuck.notice(stream)["pid"]
+    host = guest.connect()
+    written = []
+    until(lambda: written[-20:] == 20 * [wrote(pid, written)], "it waits for its reader")
+    host.call("settle")
+    assert connections(guest) == 2
+    assert guest.connect().call("configure", {}).reply == {}
+    until(lambda: not running(pid), "it was killed")
+    until(lambda: connections(guest) == 1, "only the new one is open")
+
+
 def test_the_same_host_goes_on(client, guest, group, jobs, until):
     """configure on a connection of before: that one stays, and what belongs to it."""
     _, _, files = jobs
@@ -94,20 +118,28 @@ def test_a_configure_that_fails_thaws_nothing(client, guest, group, jobs):
     assert client.call("info").reply["frozen"] is True
 
 
+@contextmanager
 def sockets(guest):
-    """Descriptors of the daemon's accepted connections, ours now too."""
-    pidfd = os.pidfd_open(guest.pid)
+    """The daemon's accepted connections, for a moment ours too."""
     library = ctypes.CDLL(None, use_errno=True)
-    found = []
-    for name in Path(f"/proc/{guest.pid}/fd").iterdir():
-        if str(name.readlink()).startswith("socket:"):
-            copy = socket.socket(fileno=library.syscall(SYS_PIDFD_GETFD, pidfd, int(name.name), 0))
-            if copy.family == socket.AF_INET and not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                found.append(copy)
-            else:
-                copy.close()
-    os.close(pidfd)
-    return found
+    pidfd = os.pidfd_open(guest.pid)
+    with ExitStack() as stack:
+        stack.callback(os.close, pidfd)
+        found = []
+        for name in Path(f"/proc/{guest.pid}/fd").iterdir():
+            descriptor = library.syscall(SYS_PIDFD_GETFD, pidfd, int(name.name), 0)
+            if descriptor >= 0 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                copy = stack.enter_context(socket.socket(fileno=descriptor))
+                if copy.family == socket.AF_INET and not copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    found.append(copy)
+            elif descriptor >= 0:
+                os.close(descriptor)
+        yield found
+
+
+def connections(guest):
+    with sockets(guest) as found:
+        return len(found)
 
 
 KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
@@ -116,11 +148,10 @@ KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER
 def test_silent_peers_have_30_seconds(client, guest):
     """Every connection: first probe after 15 s, three of them 5 s apart, and 30 s for data that nobody takes."""
     client.call("info")
-    (connection,) = sockets(guest)
-    options = {name: connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE}
-    assert options == KEEPALIVE
-    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
-    connection.close()
+    with sockets(guest) as (connection,):
+        options = {name: connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE}
+        assert options == KEEPALIVE
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
 
 
 class Isolated:
@@ -151,16 +182,14 @@ def test_a_host_that_vanishes_is_noticed(start_settling, until, running, tmp_pat
     pid = client.notice(stream)["pid"]
     file = tmp_path / "count"
     client.call("exec", {"cmd": COUNT.format(file=file), "background": True})
-    (connection,) = sockets(guest)
-    # The same mechanism in a tenth of the time.
-    for name, value in {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 3000}.items():
-        connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    connection.close()
+    with sockets(guest) as (connection,):  # the same mechanism in a tenth of the time
+        for name, value in {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 2, "TCP_USER_TIMEOUT": 3000}.items():
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     subprocess.run(["nsenter", "-t", str(guest.pid), "-n", "ip", "link", "set", "lo", "down"], check=True)
     began = time.monotonic()
     until(lambda: not running(pid), "its foreground process was killed")
     assert time.monotonic() - began < 8
-    assert sockets(guest) == []
+    assert connections(guest) == 0
     goes_on(until, file)
 
 
