@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import msgspec
 import pytest
 import trio
@@ -7,6 +9,7 @@ import trio
 from agent.wire.calls import CONTENT_CHANNEL, NOTICE_CHANNEL, STDERR_CHANNEL, STDOUT_CHANNEL
 from agent.wire.faults import FaultCode
 from capsule import errors
+from capsule.db.errors import DatabaseUnavailable
 
 ERROR_OF = {
     FaultCode.BUSY: errors.Busy,
@@ -32,6 +35,61 @@ ERROR_OF = {
     FaultCode.UNAVAILABLE: errors.HostUnavailable,
     FaultCode.UNKNOWN_METHOD: errors.HostUnavailable,
 }
+
+
+class StepCounter(trio.abc.Instrument):
+    """Counts the steps of one task, and calls `act` at the end of the n-th, when it waits for something, or
+    (`answered`) at the beginning of the next, when it has what it waited for and does not know yet."""
+
+    def __init__(self, number, act, *, answered=False):
+        self.task = None
+        self.steps = 0
+        self._number = number
+        self._act = act
+        self._answered = answered
+
+    def before_task_step(self, task):
+        if task is self.task and self._answered and self.steps == self._number:
+            self._act()
+
+    def after_task_step(self, task):
+        if task is self.task:
+            self.steps += 1
+            if self.steps == self._number and not self._answered:
+                self._act()
+
+
+class FailingDatabase:
+    """The database, but for the n-th use: refused, or done with the answer lost; or refused from then on for a time."""
+
+    def __init__(self, db, number, how):
+        self._db = db
+        self._number = number
+        self._how = how
+        self._back_at = None
+        self.uses = 0
+
+    def __getattr__(self, name):
+        return getattr(self._db, name)
+
+    async def run(self, fn, *args, **kwargs):
+        return await self._use(self._db.run, fn, *args, **kwargs)
+
+    async def transaction(self, fn, *args, **kwargs):
+        return await self._use(self._db.transaction, fn, *args, **kwargs)
+
+    async def _use(self, method, *args, **kwargs):
+        self.uses += 1
+        hit = self.uses == self._number
+        if hit and self._how == "away":
+            self._back_at = trio.current_time() + 60
+        if (self._back_at or 0) > trio.current_time() or (hit and self._how == "refused"):
+            await trio.lowlevel.checkpoint()
+            raise DatabaseUnavailable("the test says so")
+        answer = await method(*args, **kwargs)
+        if hit and self._how == "lost":
+            raise DatabaseUnavailable("the answer is lost")
+        return answer
 
 
 class Guest:
@@ -111,3 +169,56 @@ def error_of():
     """The API's error for each fault of a host or a guest."""
     assert ERROR_OF.keys() == set(FaultCode)
     return ERROR_OF
+
+
+@pytest.fixture
+def interrupted():
+    """Runs work and cancels it in its n-th wait; whether there was one."""
+
+    async def interrupted(work, number):
+        scope = trio.CancelScope()
+        counter = StepCounter(number, scope.cancel)
+
+        async def run():
+            counter.task = trio.lowlevel.current_task()
+            with scope:
+                await work()
+
+        trio.lowlevel.add_instrument(counter)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(run)
+        finally:
+            trio.lowlevel.remove_instrument(counter)
+        return scope.cancelled_caught
+
+    return interrupted
+
+
+@pytest.fixture
+def dying():
+    """Kills a control plane in the n-th wait of its next operation."""
+
+    @contextmanager
+    def dying(plane, number, *, answered):
+        counter = StepCounter(number, plane.kill, answered=answered)
+        work = plane.operations._work
+
+        async def watched(*args):
+            counter.task = counter.task or trio.lowlevel.current_task()
+            await work(*args)
+
+        plane.operations._work = watched
+        trio.lowlevel.add_instrument(counter)
+        try:
+            yield counter
+        finally:
+            trio.lowlevel.remove_instrument(counter)
+
+    return dying
+
+
+@pytest.fixture
+def failing(world):
+    """The database, but for its n-th use."""
+    return lambda number, how: FailingDatabase(world.db, number, how)

@@ -8,84 +8,11 @@ import pytest
 import trio
 
 from capsule import errors
-from capsule.db.errors import DatabaseUnavailable
 
 
-class StepCounter(trio.abc.Instrument):
-    """Counts the steps of one task, and calls `act` at the end of the n-th, when it waits for something, or
-    (`answered`) at the beginning of the next, when it has what it waited for and does not know yet."""
-
-    def __init__(self, number, act, *, answered=False):
-        self.task = None
-        self.steps = 0
-        self._number = number
-        self._act = act
-        self._answered = answered
-
-    def before_task_step(self, task):
-        if task is self.task and self._answered and self.steps == self._number:
-            self._act()
-
-    def after_task_step(self, task):
-        if task is self.task:
-            self.steps += 1
-            if self.steps == self._number and not self._answered:
-                self._act()
-
-
-class FailingDatabase:
-    """The database, but for the n-th use: refused, or done with the answer lost; or refused from then on for a time."""
-
-    def __init__(self, db, number, how):
-        self._db = db
-        self._number = number
-        self._how = how
-        self._back_at = None
-        self.uses = 0
-
-    def __getattr__(self, name):
-        return getattr(self._db, name)
-
-    async def run(self, fn, *args, **kwargs):
-        return await self._use(self._db.run, fn, *args, **kwargs)
-
-    async def transaction(self, fn, *args, **kwargs):
-        return await self._use(self._db.transaction, fn, *args, **kwargs)
-
-    async def _use(self, method, *args, **kwargs):
-        self.uses += 1
-        hit = self.uses == self._number
-        if hit and self._how == "away":
-            self._back_at = trio.current_time() + 60
-        if (self._back_at or 0) > trio.current_time() or (hit and self._how == "refused"):
-            await trio.lowlevel.checkpoint()
-            raise DatabaseUnavailable("the test says so")
-        answer = await method(*args, **kwargs)
-        if hit and self._how == "lost":
-            raise DatabaseUnavailable("the answer is lost")
-        return answer
-
-
-async def interrupted(work, number):
-    """Run `work` and cancel it in its n-th wait; whether there was one."""
-    scope = trio.CancelScope()
-    counter = StepCounter(number, scope.cancel)
-
-    async def run():
-        counter.task = trio.lowlevel.current_task()
-        with scope:
-            await work()
-
-    trio.lowlevel.add_instrument(counter)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(run)
-    finally:
-        trio.lowlevel.remove_instrument(counter)
-    return scope.cancelled_caught
-
-
-async def test_the_client_goes_away_at_every_moment_of_a_create(virtual_clock, world, agent, plane, request_body):
+async def test_the_client_goes_away_at_every_moment_of_a_create(
+    virtual_clock, world, agent, plane, request_body, interrupted
+):
     """Either nothing was begun, or the sandbox runs in the end: there is no third thing."""
     agent.delay = 1
     cut, number, made = True, 0, 0
@@ -105,7 +32,9 @@ async def test_the_client_goes_away_at_every_moment_of_a_create(virtual_clock, w
     assert made == number - 1  # cut in its first wait it had not asked for anything
 
 
-async def test_the_client_goes_away_at_every_moment_of_a_destroy(virtual_clock, world, agent, plane, request_body):
+async def test_the_client_goes_away_at_every_moment_of_a_destroy(
+    virtual_clock, world, agent, plane, request_body, interrupted
+):
     """Either it runs as before, or it is gone in the end."""
     agent.delay = 1
     cut, number = True, 0
@@ -128,7 +57,7 @@ async def test_the_client_goes_away_at_every_moment_of_a_destroy(virtual_clock, 
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("what", ["create", "destroy"])
 async def test_the_control_plane_dies_at_every_moment(
-    virtual_clock, world, agent, request_body, nursery, what, answered
+    virtual_clock, world, agent, request_body, nursery, dying, what, answered
 ):
     """kill -9 in each wait of the operation: the next control plane makes rows and host agree."""
     nursery.start_soon(world.beat)
@@ -138,15 +67,11 @@ async def test_the_control_plane_dies_at_every_moment(
         number += 1
         plane = await world.control_plane()
         one = await plane.sandboxes.create(world.principal, request_body, None)
-        counter = StepCounter(number, plane.kill, answered=answered)
-        trio.lowlevel.add_instrument(counter)
-        _watch_operation(plane, counter)
-        with suppress(errors.Busy):
+        with dying(plane, number, answered=answered) as counter, suppress(errors.Busy):
             if what == "create":
                 await plane.sandboxes.create(world.principal, request_body, None)
             else:
                 await plane.sandboxes.destroy(world.principal, one.id)
-        trio.lowlevel.remove_instrument(counter)
         died = counter.steps >= number
         plane.kill()
     assert number > 3
@@ -158,7 +83,7 @@ async def test_the_control_plane_dies_at_every_moment(
 
 @pytest.mark.parametrize("how", ["refused", "lost", "away"])
 @pytest.mark.parametrize("what", ["create", "create with a key", "destroy"])
-async def test_the_database_fails_at_every_use(virtual_clock, world, agent, request_body, nursery, what, how):
+async def test_the_database_fails_at_every_use(virtual_clock, world, agent, request_body, nursery, failing, what, how):
     """The client hears a 503 or gets what it asked for; the monitor makes the rows true. Without the database nobody
     knows where a host is, so `host_unavailable` may be what is heard."""
     nursery.start_soon(world.beat)
@@ -167,8 +92,8 @@ async def test_the_database_fails_at_every_use(virtual_clock, world, agent, requ
     while hit:
         number += 1
         one = await calm.sandboxes.create(world.principal, request_body, None)
-        failing = FailingDatabase(world.db, number, how)
-        plane = await world.control_plane(db=failing)
+        database = failing(number, how)
+        plane = await world.control_plane(db=database)
         try:
             if what == "destroy":
                 await plane.sandboxes.destroy(world.principal, one.id)
@@ -178,7 +103,7 @@ async def test_the_database_fails_at_every_use(virtual_clock, world, agent, requ
             outcomes.append("done")
         except (errors.DatabaseUnavailable, errors.HostUnavailable) as err:
             outcomes.append(err)
-        hit = failing.uses >= number
+        hit = database.uses >= number
         plane.kill()
     assert outcomes.pop() == "done"
     failures = [outcome for outcome in outcomes if outcome != "done"]
@@ -189,14 +114,15 @@ async def test_the_database_fails_at_every_use(virtual_clock, world, agent, requ
     await world.settle()
 
 
-async def test_repeating_with_the_key_after_the_database_was_away(virtual_clock, world, agent, request_body, nursery):
+async def test_repeating_with_the_key_after_the_database_was_away(
+    virtual_clock, world, agent, request_body, nursery, failing
+):
     """Whenever it was away: in the end there is one sandbox for the key, or a clear refusal, never two."""
     nursery.start_soon(world.beat)
     await world.control_plane(monitor=True)
     refused = []
     for number in range(1, 8):
-        failing = FailingDatabase(world.db, number, "lost")
-        plane = await world.control_plane(db=failing)
+        plane = await world.control_plane(db=failing(number, "lost"))
         for _ in range(2):
             try:
                 view = await plane.sandboxes.create(world.principal, request_body, f"key {number}")
@@ -240,14 +166,3 @@ async def test_draining_waits_for_what_is_under_way(virtual_clock, world, agent,
 async def _idle(plane):
     while plane.operations.running():
         await trio.sleep(0.1)
-
-
-def _watch_operation(plane, counter):
-    """Have `counter` follow the task of the next operation."""
-    work = plane.operations._work
-
-    async def watched(*args):
-        counter.task = trio.lowlevel.current_task()
-        await work(*args)
-
-    plane.operations._work = watched
