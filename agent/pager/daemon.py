@@ -36,7 +36,7 @@ from agent.pager.service import (
     SocketRefused,
 )
 from agent.pager.serving import Shared
-from agent.pager.snapshot import open_snapshot
+from agent.pager.snapshot import OpenSnapshot, open_snapshot
 from agent.pager.sockets import listen_unix, peer_credentials, remove_socket
 from agent.pager.vm import Means, VmPaging
 from agent.wire.faults import Fault, FaultCode
@@ -44,8 +44,6 @@ from agent.wire.faults import Fault, FaultCode
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
-
-    from agent.snapshots.memory import MemoryReader
 
 log = structlog.get_logger()
 
@@ -163,16 +161,16 @@ class Daemon:
     async def _listen(self, vm: PagedVm) -> None:
         if not VM_ID.fullmatch(vm.vm_id):
             raise Fault(FaultCode.INVALID_ARGUMENT, f"not an id: {vm.vm_id!r}")
-        reader = await trio.to_thread.run_sync(open_snapshot, vm)
+        snapshot = await trio.to_thread.run_sync(open_snapshot, vm)
         try:
             async with self._alone(vm.vm_id):
                 await self._release(vm.vm_id)
-                await self._begin(vm, reader)
+                await self._begin(vm, snapshot)
         except BaseException:
-            reader.close()
+            snapshot.memory.close()
             raise
 
-    async def _begin(self, vm: PagedVm, reader: MemoryReader) -> None:
+    async def _begin(self, vm: PagedVm, snapshot: OpenSnapshot) -> None:
         try:
             listener = listen_unix(vm.socket, uid=vm.uid)
         except OSError as err:
@@ -185,7 +183,7 @@ class Daemon:
         except BaseException:
             listener.close()
             raise
-        paging = VmPaging(vm, self._means, connect_timeout=self._connect_timeout, reader=reader)
+        paging = VmPaging(vm, self._means, connect_timeout=self._connect_timeout, snapshot=snapshot)
         self.vms[vm.vm_id] = paging
         self._nursery.start_soon(paging.run, listener)
 

@@ -18,6 +18,14 @@ ABSENT, PRESENT, REMOVED = 0, 1, 2
 """States of a page: still the snapshot's; in the VM's memory; given back by the VMM, so zeros from then on."""
 
 
+PIECE = 2 * CHUNK
+"""Bytes brought in one step when nobody waits for them."""
+MOST_AHEAD = 16
+"""Chunks brought ahead of a thread that goes through memory in order: 1 MiB."""
+STREAMS = 8
+"""How many such threads of one VM are followed."""
+
+
 class Action(Enum):
     """What a fault asks for."""
 
@@ -84,3 +92,24 @@ class PageMap:
         if self._states.count(ABSENT, first, end) == end - first:
             return Decision(Action.BRING, ((first, end - first),))
         return Decision(Action.BRING, tuple(self.runs(ABSENT, first, end)))
+
+
+class Streams:
+    """Recognises threads that go through memory in order, and says how far ahead of them to bring chunks.
+
+    As the kernel's read-ahead does: twice as far each time the guess was right. A chunk's number is its offset / CHUNK.
+    """
+
+    def __init__(self) -> None:
+        self._expected: dict[int, int] = {}
+        """Chunk that comes next -> how far was brought ahead of it; oldest first."""
+
+    def ahead(self, chunk: int) -> range:
+        """The chunks to bring after `chunk`, in which a fault was; none unless it continues a stream."""
+        known = self._expected.pop(chunk, None)
+        count = 0 if known is None else min(MOST_AHEAD, max(2, known * 2))
+        following = range(chunk + 1, chunk + 1 + count)
+        if len(self._expected) >= STREAMS:
+            del self._expected[next(iter(self._expected))]
+        self._expected[following.stop] = count
+        return following

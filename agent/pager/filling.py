@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from agent.pager.abi import COPY_MODE_WP, PAGE, Userfault, address_of
-from agent.pager.faults import CHUNK, PRESENT
+from agent.pager.faults import PIECE, PRESENT
 
 if TYPE_CHECKING:
     from agent.pager.faults import PageMap
@@ -37,10 +37,10 @@ class FaultUnserved(Exception):  # noqa: N818 - says what happened
 
 
 class Staging:
-    """A page-aligned buffer of CHUNK bytes with its address."""
+    """A page-aligned buffer of PIECE bytes with its address."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, CHUNK)
+        self._memory = mmap.mmap(-1, PIECE)
         self.view = memoryview(self._memory)
         self.address = address_of(self._memory)
 
@@ -74,9 +74,9 @@ class Filler:
             self._userfault.wake(_address(region, page), PAGE)
 
     def _copy(self, region: Region, page: int, count: int, source: int, mode: int) -> None:
-        end = page + count
+        end, most = page + count, count
         while page < end:
-            length = (end - page) * PAGE
+            length = min(end - page, most) * PAGE
             copied, error = self._userfault.copy(_address(region, page), source, length, mode)
             if copied:
                 self._pages.mark(page, copied // PAGE, PRESENT)
@@ -94,10 +94,11 @@ class Filler:
                 # Memory that is not registered for write protection: a kernel without the asynchronous kind.
                 mode = self._mode = 0
             elif error == errno.ENOENT and length > PAGE:
-                end = page + 1  # the VMM has unmapped a neighbour; is the page itself still there?
+                most = 1  # the VMM has unmapped some of it: which?
             elif error == errno.ENOENT:
                 self.wake(region, page)
-                return
+                page += 1
+                source += PAGE
             else:
                 raise _failure(error)
 

@@ -81,14 +81,14 @@ async def accept_client(listener: trio.socket.SocketType, vm: PagedVm, *, memory
 
 
 def adopt_client(served: Served) -> Client | None:
-    """Take the userfaultfd of a VMM back from it; None if its process has gone. Raises HandshakeRefused, OSError."""
+    """Take the userfaultfd of a VMM back from it; None if its process has gone. Raises HandshakeRefused."""
     identity = ProcessIdentity(served.pid, served.start_time)
     pidfd = open_process(identity)
     if pidfd is None:
         return None
     try:
         fd = _take(pidfd, served.descriptor)
-    except BaseException:
+    except HandshakeRefused:
         gone = has_ended(pidfd)
         os.close(pidfd)
         if gone:
@@ -98,7 +98,10 @@ def adopt_client(served: Served) -> Client | None:
 
 
 def _take(pidfd: int, number: int) -> int:
-    fd = take_descriptor(pidfd, number)
+    try:
+        fd = take_descriptor(pidfd, number)
+    except OSError as err:
+        raise HandshakeRefused(f"the VMM's userfaultfd cannot be taken back: {err.strerror}") from err
     if is_userfaultfd(fd):
         return fd
     os.close(fd)

@@ -22,7 +22,7 @@ import trio
 
 from agent.pager import abi
 from agent.pager.abi import PAGE, Userfault
-from agent.pager.faults import ABSENT, CHUNK, PRESENT, REMOVED, Action, PageMap
+from agent.pager.faults import ABSENT, CHUNK, PIECE, PRESENT, REMOVED, Action, PageMap, Streams
 from agent.pager.figures import Figures
 from agent.pager.filling import Again, FaultUnserved, Filler, OutOfMemory, Staging, VmGone
 from agent.pager.guest_file import GuestFile
@@ -30,16 +30,16 @@ from agent.pager.recording import RECORDED_FAULTS, Recorder
 from agent.snapshots.errors import WouldBlock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from agent.pager.regions import Region, RegionMap
-    from agent.snapshots.memory import MemoryReader
+    from agent.pager.snapshot import MemorySource
 
 log = structlog.get_logger()
 
 EVENTS_AT_ONCE = 64
-FAULTS_PER_TURN = 2
-"""Answered without giving way: about a tenth of a millisecond."""
+CHUNKS_PER_TURN = 2
+"""Brought without giving way: about a tenth of a millisecond."""
 PIECES_PER_TURN = 8
 """The same for pieces of a working set, most of which are single pages."""
 AGAIN_PAUSE = 0.0005
@@ -57,11 +57,19 @@ class Fault(NamedTuple):
     heard: float
 
 
+class Piece(NamedTuple):
+    """Pages to be brought in though nobody has asked: those from `first` to before `end`, at most PIECE."""
+
+    region: Region
+    first: int
+    end: int
+
+
 class Memory(NamedTuple):
     """What a VM's memory is made of and where it goes to."""
 
     regions: RegionMap
-    reader: MemoryReader
+    source: MemorySource
     pages: PageMap
     file: GuestFile | None
 
@@ -89,6 +97,8 @@ class FaultServer:
         self._buffer = bytearray(abi.EVENT.size * EVENTS_AT_ONCE)
         self._waiting: deque[Fault] = deque()
         self._removed: deque[tuple[int, int]] = deque()
+        self._ahead: deque[Piece] = deque()
+        self._streams = Streams()
         self._spurious = 0
         self._memory_tries = 0
 
@@ -97,13 +107,17 @@ class FaultServer:
         turn = 0
         try:
             while True:
-                if not self._waiting and not self._read_events():
+                if self._waiting or self._read_events():
+                    await self._answer_next()
+                elif self._ahead:
+                    await self._bring_piece(self._ahead.popleft())
+                    turn += PIECE // CHUNK - 1
+                else:
                     turn = 0
                     await self._wait_for_events()
                     continue
-                await self._answer_next()
                 turn += 1
-                if turn >= FAULTS_PER_TURN:
+                if turn >= CHUNKS_PER_TURN:
                     turn = 0
                     await trio.lowlevel.checkpoint()
         except VmGone:
@@ -113,8 +127,8 @@ class FaultServer:
         """Bring in parts of the memory, (offset, length) in bytes, answering faults meanwhile. Raises as `serve`."""
         done = 0
         try:
-            for region, first, end in self._pieces(ranges):
-                await self._bring_piece(region, first, end)
+            for piece in self._pieces(ranges):
+                await self._bring_piece(piece)
                 done += 1
                 if done % PIECES_PER_TURN == 0:
                     self._read_events()
@@ -229,12 +243,25 @@ class FaultServer:
         self._recorder.note([(page * PAGE, PAGE)])
         if self._recorder.active and self._memory.file is not None:
             self._filler.bring(region, page, 1, staging.address + (page - chunk) * PAGE)
-            for first, count in runs:
-                for run in self._memory.pages.runs(ABSENT, first, first + count):
-                    self._put(*run, staging.view[(run[0] - chunk) * PAGE :])
-            return
+            runs = tuple(self._memory.pages.runs(ABSENT, runs[0][0], sum(runs[-1])))
         for first, count in runs:
-            self._filler.bring(region, first, count, staging.address + (first - chunk) * PAGE)
+            self._bring(region, first, count, staging, (first - chunk) * PAGE)
+        self._plan_ahead(chunk)
+
+    def _bring(self, region: Region, first: int, count: int, staging: Staging, at: int) -> None:
+        """Put pages from offset `at` of the staging buffer into the VM: while recording, without mapping them."""
+        if self._recorder.active and self._memory.file is not None:
+            self._put(first, staging.view[at : at + count * PAGE])
+        else:
+            self._filler.bring(region, first, count, staging.address + at)
+
+    def _plan_ahead(self, page: int) -> None:
+        """A fault was answered in the chunk that begins at `page`: what will be asked for next?"""
+        if self._ahead and self._ahead[0].first <= page + CHUNK // PAGE and page < self._ahead[-1].end:
+            return  # a stream that has caught up with us
+        ahead = self._streams.ahead(page * PAGE // CHUNK)
+        if ahead:
+            self._ahead = deque(self._pieces([(ahead.start * CHUNK, len(ahead) * CHUNK)]))
 
     def _answer_other(self, fault: Fault) -> None:
         """A VMM that registered for more than it should is not left hanging."""
@@ -272,19 +299,20 @@ class FaultServer:
         """Fill in the pages of `runs`, each at its place in the chunk. Raises WouldBlock, SnapshotDamaged."""
         for first, count in runs:
             at = (first - chunk) * PAGE
-            self._memory.reader.read_into(first * PAGE, staging.view[at : at + count * PAGE], wait=wait)
+            self._memory.source.read_into(first * PAGE, staging.view[at : at + count * PAGE], wait=wait)
 
     # --- before they are asked for -----------------------------------------------------------------------------
 
-    def _pieces(self, ranges: Iterable[tuple[int, int]]) -> Iterable[tuple[Region, int, int]]:
-        """Cut ranges to the regions and to CHUNK: (region, first page, last page + 1)."""
+    def _pieces(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Piece]:
+        """Cut ranges, (offset, length) in bytes, to the regions and to PIECE."""
         for offset, length in ranges:
             for region in self._memory.regions.regions:
                 low, high = max(offset, region.offset), min(offset + length, region.offset + region.size)
-                for begin in range(low, high, CHUNK):
-                    yield region, begin // PAGE, min(begin + CHUNK, high) // PAGE
+                for begin in range(low, high, PIECE):
+                    yield Piece(region, begin // PAGE, min(begin + PIECE, high) // PAGE)
 
-    async def _bring_piece(self, region: Region, first: int, end: int) -> None:
+    async def _bring_piece(self, piece: Piece) -> None:
+        region, first, end = piece
         runs = tuple(self._memory.pages.runs(ABSENT, first, end))
         staging = self._shared.staging
         try:
@@ -294,23 +322,20 @@ class FaultServer:
             work = partial(self._read, runs, first, staging, wait=True)
             await trio.to_thread.run_sync(work, limiter=self._shared.readers)
         before = self._filler.bytes
-        for run_first, count in runs:
-            at = (run_first - first) * PAGE
-            if self._memory.file is not None:
-                self._put(run_first, count, staging.view[at:])
-                continue
-            self._recorder.note([(run_first * PAGE, count * PAGE)])
-            try:
-                self._filler.bring(region, run_first, count, staging.address + at)
-            except (Again, OutOfMemory):
-                return  # it comes when it is asked for
-        self.figures.prefetched_bytes += self._filler.bytes - before
+        try:
+            for run_first, count in runs:
+                self._bring(region, run_first, count, staging, (run_first - first) * PAGE)
+                self._recorder.note([(run_first * PAGE, count * PAGE)])
+        except (Again, OutOfMemory):
+            pass  # it comes when it is asked for
+        finally:
+            self.figures.prefetched_bytes += self._filler.bytes - before
 
-    def _put(self, first: int, count: int, view: memoryview) -> None:
+    def _put(self, first: int, view: memoryview) -> None:
         """Put pages into the memory file, without mapping them. What does not fit stays absent."""
         assert self._memory.file is not None  # noqa: S101 - asked for by both callers
         try:
-            written = self._memory.file.write(first * PAGE, view[: count * PAGE])
+            written = self._memory.file.write(first * PAGE, view)
         except OSError as err:
             log.warning("guest_file_not_writable", error=str(err))
             self._memory = self._memory._replace(file=None)

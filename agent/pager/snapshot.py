@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from agent.pager.service import SnapshotUnreadable
-from agent.snapshots.errors import SnapshotError
+from agent.snapshots.errors import DataDamaged, SnapshotError
 from agent.snapshots.header import Header
 from agent.snapshots.header_format import MAX_BYTES
 from agent.snapshots.memory import MemoryReader
@@ -16,12 +16,46 @@ if TYPE_CHECKING:
 HEADER = "mem.header"
 
 
-def open_snapshot(vm: PagedVm) -> MemoryReader:
+class MemorySource(Protocol):
+    """A snapshot's memory: what the pager needs of MemoryReader."""
+
+    def read_into(self, offset: int, buffer: memoryview, *, wait: bool = True) -> None:
+        """See MemoryReader.read_into."""
+        ...
+
+    def close(self) -> None:
+        """Close what is open; harmless when done already."""
+        ...
+
+
+class OpenSnapshot:
+    """`memory` becomes the receiver's, who closes it."""
+
+    def __init__(self, memory: MemorySource, memory_bytes: int) -> None:
+        self.memory = memory
+        self.memory_bytes = memory_bytes
+
+
+def open_snapshot(vm: PagedVm) -> OpenSnapshot:
     """Check the header and open its builds. Raises SnapshotUnreadable, naming the file. Blocks on the disk."""
     path = vm.snapshot / HEADER
     try:
         with path.open("rb") as file:
             header = Header.decode(file.read(MAX_BYTES + 1), name=str(path))
-        return MemoryReader(header, vm.builds)
+        return OpenSnapshot(MemoryReader(header, vm.builds), header.memory_bytes)
     except (OSError, SnapshotError) as err:
         raise SnapshotUnreadable(f"the snapshot's memory cannot be served: {err}") from err
+
+
+class UnreadableMemory:
+    """In place of a snapshot that was damaged while its VM ran: the VM may have all it needs of it already."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def read_into(self, _offset: int, _buffer: memoryview, *, wait: bool = True) -> None:  # noqa: ARG002 - the other's
+        """Raise DataDamaged."""
+        raise DataDamaged(self._reason)
+
+    def close(self) -> None:
+        """Nothing is open."""

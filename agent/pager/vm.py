@@ -26,14 +26,13 @@ from agent.pager.records import Served, VmRecord, VmRecords
 from agent.pager.regions import HandshakeRefused, RegionMap
 from agent.pager.service import PagedVm, PagerStatistics, SnapshotUnreadable
 from agent.pager.serving import FaultServer, Memory, Shared
-from agent.pager.snapshot import open_snapshot
+from agent.pager.snapshot import OpenSnapshot, UnreadableMemory, open_snapshot
 from agent.pager.sockets import remove_socket
 from agent.snapshots.errors import SnapshotDamaged
 
 if TYPE_CHECKING:
     import socket
 
-    from agent.snapshots.memory import MemoryReader
 
 log = structlog.get_logger()
 
@@ -59,7 +58,7 @@ class VmPaging:
     """See the module."""
 
     def __init__(
-        self, vm: PagedVm, means: Means, *, connect_timeout: float, reader: MemoryReader | None = None
+        self, vm: PagedVm, means: Means, *, connect_timeout: float, snapshot: OpenSnapshot | None = None
     ) -> None:
         """`reader` becomes ours; None: open the snapshot when it is needed."""
         self.vm = vm
@@ -68,7 +67,7 @@ class VmPaging:
         """Why it is not served any more, also when nothing has failed."""
         self.settled = trio.Event()
         """Served with its working set in place, or over."""
-        self._reader = reader
+        self._snapshot = snapshot
         self._means = means
         self._connect_timeout = connect_timeout
         self._scope = trio.CancelScope()
@@ -90,8 +89,8 @@ class VmPaging:
                 self.over = self.over or "the pager was told to release the VM"
             finally:
                 self.over = self.over or "the pager stops"
-                if self._reader is not None:
-                    self._reader.close()
+                if self._snapshot is not None:
+                    self._snapshot.memory.close()
                 self.settled.set()
                 self._ended.set()
 
@@ -123,38 +122,48 @@ class VmPaging:
 
     async def _live(self, origin: socket.socket | Served) -> None:
         try:
-            if self._reader is None:
-                self._reader = await trio.to_thread.run_sync(open_snapshot, self.vm)
-            client = adopt_client(origin) if isinstance(origin, Served) else await self._meet(origin, self._reader)
-        except (HandshakeRefused, SnapshotUnreadable, OSError) as err:
+            snapshot = self._snapshot = self._snapshot or await self._open(origin)
+            client = adopt_client(origin) if isinstance(origin, Served) else await self._meet(origin, snapshot)
+        except (HandshakeRefused, SnapshotUnreadable) as err:
             return await self._end(str(err), _pidfd_of(origin))
         if client is None:
             return await self._gone()
         try:
-            await self._serve_until_gone(client, self._reader, origin if isinstance(origin, Served) else None)
+            await self._serve_until_gone(client, snapshot, origin if isinstance(origin, Served) else None)
         finally:
             client.close()
 
-    async def _meet(self, listener: socket.socket, reader: MemoryReader) -> Client:
+    async def _open(self, origin: socket.socket | Served) -> OpenSnapshot:
+        """Raises SnapshotUnreadable only for a VM that does not run yet."""
+        try:
+            return await trio.to_thread.run_sync(open_snapshot, self.vm)
+        except SnapshotUnreadable as err:
+            if not isinstance(origin, Served):
+                raise
+            log.warning("snapshot_unreadable", error=str(err))
+            memory_bytes = max(region.offset + region.size for region in origin.regions)
+            return OpenSnapshot(UnreadableMemory(str(err)), memory_bytes)
+
+    async def _meet(self, listener: socket.socket, snapshot: OpenSnapshot) -> Client:
         """Raises HandshakeRefused."""
         with trio.socket.from_stdlib_socket(listener) as sock:
             try:
                 with trio.move_on_after(self._connect_timeout):
-                    return await accept_client(sock, self.vm, memory_bytes=reader.header.memory_bytes)
+                    return await accept_client(sock, self.vm, memory_bytes=snapshot.memory_bytes)
             finally:
                 remove_socket(self.vm.socket)
         raise HandshakeRefused(f"the VMM has not connected to {self.vm.socket} in {self._connect_timeout:g} s")
 
-    async def _serve_until_gone(self, client: Client, reader: MemoryReader, served: Served | None) -> None:
+    async def _serve_until_gone(self, client: Client, snapshot: OpenSnapshot, served: Served | None) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch, client, nursery.cancel_scope)
             try:
-                await self._serve(client, reader, served)
+                await self._serve(client, snapshot, served)
             except (FaultUnserved, SnapshotDamaged) as err:
                 await self._end(str(err), os.dup(client.pidfd))
             except Exception:
-                log.exception("paging_failed")
                 await self._end("the pager failed; its log has the details", os.dup(client.pidfd))
+                log.exception("paging_failed")
             nursery.cancel_scope.cancel()
         if has_ended(client.pidfd) and self.failure is None:
             await self._gone()
@@ -163,14 +172,14 @@ class VmPaging:
         await wait_ended(client.pidfd)
         scope.cancel()
 
-    async def _serve(self, client: Client, reader: MemoryReader, served: Served | None) -> None:
+    async def _serve(self, client: Client, snapshot: OpenSnapshot, served: Served | None) -> None:
         """Raises FaultUnserved, SnapshotDamaged."""
-        look = partial(look_at_memory, client, self.vm.uid, reader.header.memory_bytes, served)
+        look = partial(look_at_memory, client, self.vm.uid, snapshot.memory_bytes, served)
         seen = await trio.to_thread.run_sync(look)
         try:
             by_table = seen.file is not None
             recorder = Recorder(client.identity.pid, client.regions, by_page_table=by_table)
-            memory = Memory(RegionMap(client.regions), reader, seen.pages, seen.file)
+            memory = Memory(RegionMap(client.regions), snapshot.memory, seen.pages, seen.file)
             server = FaultServer(client.userfault, memory, self._means.shared, recorder)
             self._figures = server.figures
             if served is None:
@@ -202,17 +211,18 @@ class VmPaging:
     async def _end(self, reason: str, pidfd: int | None) -> None:
         """Write down why, then kill the VMM: it would wait for a page for ever. `pidfd` becomes ours."""
         self.failure = self.over = reason
-        log.error("vm_ended_by_pager", reason=reason)
+        unwritten: OSError | None = None
         try:
             with trio.move_on_after(END_TIMEOUT, shield=True):
                 record = VmRecord(self.vm, failure=reason)
                 await trio.to_thread.run_sync(self._means.records.save, record, abandon_on_cancel=True)
         except OSError as err:
-            log.exception("failure_not_recorded", error=str(err))
+            unwritten = err
         finally:
             if pidfd is not None:
                 kill(pidfd)
                 os.close(pidfd)
+        log.error("vm_ended_by_pager", reason=reason, unwritten=unwritten and str(unwritten))
 
 
 def _pidfd_of(origin: socket.socket | Served) -> int | None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,16 @@ def vmm_program():
         command = [compiler, "-O2", "-Wall", "-Wextra", "-Werror", "-o", program, Path(__file__).with_name("vmm.c")]
         subprocess.run([*command, "-lpthread"], check=True)
         yield program
+
+
+def descriptors(pid="self"):
+    """The open descriptors of a process."""
+    return [int(entry.name) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+@pytest.fixture(name="descriptors")
+def _descriptors():
+    return descriptors
 
 
 @dataclass
@@ -111,11 +121,21 @@ def root():
     with tempfile.TemporaryDirectory(prefix="capsule-pager-") as name:
         Path(name).chmod(0o711)
         yield Path(name)
+        # After a test that was ended by its time-out nothing asynchronous can clean up any more.
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if name.encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 @pytest.fixture
 def snapshot(root):
     return make_snapshot(root)
+
+
+@pytest.fixture
+def large_snapshot(root):
+    return make_snapshot(root, 80, seed=2)
 
 
 class Vmm:
@@ -187,6 +207,11 @@ class World:
         vmm.address = int(words[1]) if words[:1] == ["armed"] else 0
         return vmm
 
+    async def rude(self, vm, mode):
+        """A VMM that misbehaves in a way C is too good for; returns when it has."""
+        script = Path(__file__).with_name("rude_vmm.py")
+        return await self.run([sys.executable, str(script), str(vm.socket), mode])
+
     async def kill_pager(self):
         """kill -9; returns when it is dead. Its supervisor starts another one."""
         pid = self.pager_pid()
@@ -225,6 +250,7 @@ async def open_world(root, program, *arguments, supervised=True):
             try:
                 yield world
             finally:
+                print(world.log())  # noqa: T201 - pytest shows it with a failure
                 for process in world.vmms:
                     process.kill()
                     with trio.move_on_after(5, shield=True):
@@ -241,9 +267,3 @@ async def open_world(root, program, *arguments, supervised=True):
 async def world(root, vmm_program):
     async with open_world(root, vmm_program) as opened:
         yield opened
-
-
-@pytest.fixture
-def spawn_python():
-    """The interpreter, for VMMs that misbehave in ways C is too good for."""
-    return sys.executable

@@ -11,11 +11,9 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
-#include <signal.h>
 #include <time.h>
 #include <unistd.h>
 #include <linux/userfaultfd.h>
@@ -137,7 +135,6 @@ static volatile uint8_t sink;
 
 int main(int argc, char **argv) {
     check(argc >= 5, "usage");
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
     size = strtoull(argv[2], NULL, 10) << 20;
     pages = size / PAGE;
     memory_fd = memfd_create("guest", MFD_CLOEXEC);
@@ -163,6 +160,10 @@ int main(int argc, char **argv) {
             uint64_t began = now();
             for (uint64_t o = a; o < a + b; o += c) sink = *(volatile uint8_t *)(memory + o);
             printf("%lu\n", now() - began);
+        } else if (!strcmp(word, "scatter")) {    // COUNT STEP: nanoseconds for reads out of order
+            uint64_t began = now();
+            for (uint64_t i = 0; i < a; i++) sink = *(volatile uint8_t *)(memory + i * 37 % a * b);
+            printf("%lu\n", now() - began);
         } else if (!strcmp(word, "peek")) {       // OFFSET: the byte
             printf("%u\n", *(volatile uint8_t *)(memory + a));
         } else if (!strcmp(word, "write")) {      // OFFSET LENGTH BYTE
@@ -174,11 +175,11 @@ int main(int argc, char **argv) {
         } else if (!strcmp(word, "punch")) {      // OFFSET LENGTH: without a word to the pager
             check(!fallocate(memory_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, a, b), "punch");
             printf("done\n");
-        } else if (!strcmp(word, "latency")) {    // COUNT STEP PAUSE_US: median and highest nanoseconds of single reads
+        } else if (!strcmp(word, "latency")) {    // COUNT STEP PAUSE_US: median, highest nanoseconds of reads out of order
             uint64_t *each = calloc(a, sizeof *each);
             for (uint64_t i = 0; i < a; i++) {
                 uint64_t began = now();
-                sink = *(volatile uint8_t *)(memory + i * b);
+                sink = *(volatile uint8_t *)(memory + i * 37 % a * b);
                 each[i] = now() - began;
                 usleep(c);
             }
@@ -187,6 +188,9 @@ int main(int argc, char **argv) {
             free(each);
         } else if (!strcmp(word, "fallback")) {   // make the shared description a blocking one
             check(!fcntl(uffd, F_SETFL, 0), "fcntl");
+            printf("done\n");
+        } else if (!strcmp(word, "close")) {
+            close(uffd);
             printf("done\n");
         } else if (!strcmp(word, "unmap")) {      // OFFSET LENGTH
             check(!munmap(memory + a, b), "munmap");
