@@ -1,5 +1,4 @@
-"""The client, the control plane or the database goes away at any moment of a pause, resume, fork or snapshot: never half
-of one."""
+"""Client, control plane or database goes away at any moment of a pause, resume, fork or snapshot: never half of one."""
 
 from __future__ import annotations
 
