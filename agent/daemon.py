@@ -126,7 +126,7 @@ async def _serve_host(
     )
     peers: set[ServerPeer] = set()
     async with trio.open_nursery() as nursery:
-        await nursery.start(keep_pager, parts, state.root / PAGER_DIRECTORY)
+        await start_pager(nursery, parts, state.root / PAGER_DIRECTORY)
         found = await adopt_all(parts)
         await nursery.start(parts.slots.run)
         await nursery.start(manager.run, found)
@@ -147,21 +147,19 @@ async def _serve_host(
         nursery.cancel_scope.cancel()
 
 
-async def keep_pager(
-    parts: HostParts, directory: Path, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    """The pager's process, and our connection to it, until cancelled. Started when it answers, or takes too long."""
-    client = parts.pager
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(PagerSupervisor(directory).run)
-        if isinstance(client, PagerClient):
-            await nursery.start(client.run)
+async def start_pager(nursery: trio.Nursery, parts: HostParts, directory: Path) -> None:
+    """Have the pager's process and our connection to it kept; returns when it answers, or takes too long."""
+    if not isinstance(parts.pager, PagerClient):
+        return  # one that needs no process
+    nursery.start_soon(PagerSupervisor(directory).run)
+    nursery.start_soon(parts.pager.run)
+    try:
         with trio.move_on_after(PAGER_SECONDS):
-            try:
-                await client.statistics()
-            except PagerError as err:
-                log.error("pager_not_ready", error=str(err))  # noqa: TRY400 - the error says it
-        task_status.started()
+            await parts.pager.statistics()
+            return
+        log.error("pager_not_ready")
+    except PagerError as err:
+        log.error("pager_not_ready", error=str(err))  # noqa: TRY400 - the error says it
 
 
 async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,26 +16,13 @@ from agent.sandboxes.resuming import start_from, take_slot
 from agent.wire.faults import Fault, FaultCode
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     import trio
 
     from agent.sandboxes.made import Golden, Made
     from agent.sandboxes.parts import HostParts
+    from agent.sandboxes.starts import Start
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """How a new sandbox begins. `snapshot`: what it must start from. `golden`: what it may start from, or boot.
-
-    `envs`: the defaults of its calls; None: those that its snapshot has.
-    """
-
-    envs: dict[str, str] | None = field(default_factory=dict)
-    snapshot: UUID | None = None
-    golden: Golden | None = None
 
 
 async def build(parts: HostParts, made: Made, *, start: Start, nursery: trio.Nursery) -> None:

@@ -18,20 +18,11 @@ import structlog
 import trio
 
 from agent.sandboxes import capturing
+from agent.sandboxes.disks import freeze_disks, reconcile_disk, recover_disk, remove_disks
 from agent.sandboxes.greeting import settle
 from agent.sandboxes.made import drop_snapshots, save
-from agent.sandboxes.pausing import (
-    RUN_ON_TIMEOUT,
-    freeze_disks,
-    pause_fault,
-    publish,
-    reconcile_disk,
-    remove_disks,
-    run_on,
-    wake,
-)
+from agent.sandboxes.pausing import RUN_ON_TIMEOUT, pause_fault, publish, run_on, wake
 from agent.sandboxes.threads import in_thread, run_stoppable
-from agent.vmm.driver import VmmError
 
 if TYPE_CHECKING:
     from agent.sandboxes.made import Made
@@ -59,12 +50,13 @@ async def checkpoint(parts: HostParts, made: Made) -> None:
             current = made.record.next_disk
             changes = {"base": str(name), "disk": current, "frozen": (), "next_disk": "", "untracked": False}
             await save(parts, made, **figures, **changes)
-    except BaseException as err:
-        await _stay(parts, made, unwanted=name)
-        if isinstance(err, Exception):
-            raise pause_fault(parts, err) from err
-        raise
+    except Exception as err:
+        raise pause_fault(parts, err) from err
     finally:
+        if made.record.base != str(name):
+            with trio.move_on_after(RUN_ON_TIMEOUT, shield=True):
+                await run_on(parts, made, unwanted=name)
+                await recover_disk(parts, made)
         parts.captures.release()
     # The pager serves the VM from the snapshot that it was restored from, which must stay as long as the VM does.
     await drop_snapshots(parts, before.snapshots() - made.record.snapshots())
@@ -124,13 +116,3 @@ async def _stop_shortly(
         ranges = await trio.to_thread.run_sync(source.grab, grabbed.fileno())
     await wake(made)
     return ranges
-
-
-async def _stay(parts: HostParts, made: Made, *, unwanted: UUID) -> None:
-    """Run on with the base that there was; on which disk, the VM knows."""
-    await run_on(parts, made, unwanted=unwanted)
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + RUN_ON_TIMEOUT):
-        try:
-            await reconcile_disk(parts, made)
-        except (VmmError, OSError) as err:  # asked again by the next pause or checkpoint, or the next agent
-            log.warning("disk_not_known", error=str(err))

@@ -9,7 +9,6 @@ Dies when: destroyed, its VM dies, or its build fails; everything it made is the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,15 +17,17 @@ import trio
 
 from agent.actor.supervise import RestartPolicy, supervise
 from agent.sandboxes import working_set
-from agent.sandboxes.build import Start, build
+from agent.sandboxes.build import build
 from agent.sandboxes.checkpoint import checkpoint
 from agent.sandboxes.commands import Checkpoint, Destroy, Pause, Resume
+from agent.sandboxes.disks import recover_disk
 from agent.sandboxes.greeting import connect
 from agent.sandboxes.made import HOST_PATH, without_paths
 from agent.sandboxes.pausing import leave, pause, wake
 from agent.sandboxes.removal import Ending, Removal
 from agent.sandboxes.rest import Rest
 from agent.sandboxes.resuming import paging_failure, resume
+from agent.sandboxes.starts import Adopted, Rested, Start
 from agent.sandboxes.telling import tell, tell_pause
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
@@ -43,19 +44,6 @@ log = structlog.get_logger()
 
 VM_WATCH = RestartPolicy(max_delay=5)
 """Watching can fail (no descriptor left, say) where the VM has not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Adopted:
-    """How the life of a sandbox goes on whose VM an earlier agent started."""
-
-    vm: Vm
-    slot: Slot
-
-
-@dataclass(frozen=True, slots=True)
-class Rested:
-    """How that of a paused one does."""
 
 
 class Life:
@@ -112,7 +100,7 @@ class Life:
                 case Resume():
                     ending, runs = await self._resume(nursery)
             if runs:
-                ending = await self._serve()
+                ending = await self._serve(adopted=isinstance(begin, Adopted))
             if ending is not None:
                 self._sandbox.set_status(Status.STOPPING)
             nursery.cancel_scope.cancel()
@@ -163,7 +151,7 @@ class Life:
         sandbox.set_status(Status.RUNNING)
         log.info("sandbox_running", **self._made.timings_ms)
 
-    async def _serve(self) -> Ending | None:
+    async def _serve(self, *, adopted: bool) -> Ending | None:
         """Until it is paused (None), somebody ends it, or the VM dies."""
         ending = Ending()
 
@@ -184,6 +172,8 @@ class Life:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(supervise, "vm_watch", watch_vm, VM_WATCH)
             nursery.start_soon(working_set.record, self._parts, self._sandbox)
+            if adopted:
+                await self._sandbox.commands.unless_stopped(partial(recover_disk, self._parts, self._made))
             await self._obey(nursery)
             nursery.cancel_scope.cancel()
         return None if self._made.record.phase == "paused" else ending

@@ -16,15 +16,12 @@ from uuid import UUID
 import structlog
 import trio
 
-from agent.images.errors import ImagesError
 from agent.sandboxes.admission import Admission, check_disk
-from agent.sandboxes.build import Start
-from agent.sandboxes.life import Adopted, Life, Rested
-from agent.sandboxes.made import as_fault, damaged
+from agent.sandboxes.first_records import first_record
+from agent.sandboxes.life import Life
 from agent.sandboxes.named import NamedSnapshots
-from agent.sandboxes.records import Record
 from agent.sandboxes.sandbox import Sandbox
-from agent.snapshots.errors import SnapshotDamaged, SnapshotError
+from agent.sandboxes.starts import Adopted, Rested, Start
 from agent.wire.calls import CreateSandbox, CreateSnapshot, HostListing, SnapshotState
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
@@ -36,7 +33,7 @@ if TYPE_CHECKING:
     from agent.sandboxes.adoption import Found
     from agent.sandboxes.made import Golden
     from agent.sandboxes.parts import HostParts
-    from agent.snapshots.manifest import Manifest
+    from agent.sandboxes.records import Record
     from agent.wire.calls import SandboxState
 
 log = structlog.get_logger()
@@ -99,17 +96,8 @@ class Manager:
         existing = self._existing(request.sandbox_id)
         if existing is not None:
             return existing
-        record = await trio.to_thread.run_sync(self._look, request)
+        record = await trio.to_thread.run_sync(first_record, self._parts, request)
         return self._admit(request, record)
-
-    def _look(self, request: CreateSandbox) -> Record:
-        """What the sandbox is to be made from. Blocks. Raises Fault."""
-        if request.snapshot_id is not None:
-            record = self._record_of_snapshot(request, request.snapshot_id)
-        else:
-            record = self._record_of_image(request)
-        check_disk(self._parts.state.root)
-        return record
 
     def _admit(self, request: CreateSandbox, record: Record) -> Sandbox:
         """Without waiting between the questions and the entry in the table: two at once get one sandbox."""
@@ -134,55 +122,6 @@ class Manager:
         if sandbox_id in self._ended or (sandbox is not None and sandbox.ending()):
             raise Fault(FaultCode.INVALID_STATE, "the sandbox has ended")
         return sandbox
-
-    def _record_of_image(self, request: CreateSandbox) -> Record:
-        try:
-            image = self._parts.images.load(request.template)
-        except ImagesError as err:
-            log.warning("image_not_loaded", template=request.template, error=str(err))
-            raise Fault(FaultCode.NOT_FOUND, f"this host does not have the template {request.template}") from err
-        return Record(
-            sandbox_id=request.sandbox_id,
-            phase="making",
-            template=request.template,
-            vcpus=request.vcpus,
-            memory_mb=request.memory_mb,
-            disk_mb=image.disk_mb,
-            hostname=request.hostname,
-            kernel=str(image.kernel),
-            initramfs=str(image.initramfs),
-            rootfs=str(image.rootfs),
-            image_digest=image.digest,
-            timeout_sec=request.timeout_sec,
-        )
-
-    def _record_of_snapshot(self, request: CreateSandbox, snapshot_id: str) -> Record:
-        manifest = self._manifest(snapshot_id)
-        if (request.vcpus, request.memory_mb) != (manifest.vcpus, manifest.memory_mb):
-            shape = f"{manifest.vcpus} vCPUs and {manifest.memory_mb} MiB"
-            raise Fault(FaultCode.INVALID_ARGUMENT, f"a sandbox of this snapshot has {shape}, no other shape")
-        return Record(
-            sandbox_id=request.sandbox_id,
-            phase="making",
-            template=manifest.image_name,
-            vcpus=manifest.vcpus,
-            memory_mb=manifest.memory_mb,
-            disk_mb=manifest.disk_mb,
-            hostname=request.hostname,
-            kernel=manifest.kernel,
-            initramfs=manifest.initramfs,
-            rootfs=manifest.rootfs,
-            image_digest=manifest.image_digest,
-            timeout_sec=request.timeout_sec,
-        )
-
-    def _manifest(self, snapshot_id: str) -> Manifest:
-        try:
-            return self._parts.snapshots.load(UUID(snapshot_id)).manifest
-        except SnapshotDamaged as err:
-            raise damaged(self._parts, str(err)) from err
-        except SnapshotError as err:
-            raise as_fault(err) from err
 
     async def resume(self, sandbox_id: str) -> ReplySlot[SandboxState]:
         """Ask for a resume. Fault `not_found`, `invalid_state`, `no_capacity`, `busy`."""

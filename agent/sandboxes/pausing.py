@@ -19,13 +19,13 @@ import trio
 
 from agent.actor.supervise import RestartPolicy
 from agent.sandboxes import capturing
+from agent.sandboxes.disks import freeze_disks, reconcile_disk
 from agent.sandboxes.greeting import settle, thaw
 from agent.sandboxes.made import as_fault, damaged, disk_is_full, drop_snapshots, milliseconds_since, release_vm, save
 from agent.sandboxes.threads import in_thread, run_stoppable
 from agent.snapshots.errors import SnapshotDamaged
 from agent.snapshots.manifest import Description
-from agent.storage.overlay import StorageError
-from agent.vmm.driver import VmCommandFailed, VmGone, VmmError
+from agent.vmm.driver import VmGone, VmmError
 from agent.wire.faults import Fault, FaultCode
 
 if TYPE_CHECKING:
@@ -65,12 +65,12 @@ async def pause(parts: HostParts, made: Made, *, untold: str = "") -> None:
         changes = {"base": str(name), "origin": "", "frozen": (), "untracked": False, "process": None}
         with made.step("commit"):
             await save(parts, made, phase="paused", untold=untold, **figures, **changes)
-    except BaseException as err:
-        await run_on(parts, made, unwanted=name)
-        if isinstance(err, Exception):
-            raise pause_fault(parts, err) from err
-        raise
+    except Exception as err:
+        raise pause_fault(parts, err) from err
     finally:
+        if made.record.phase != "paused":
+            with trio.move_on_after(RUN_ON_TIMEOUT, shield=True):
+                await run_on(parts, made, unwanted=name)
         parts.captures.release()
 
 
@@ -102,18 +102,6 @@ async def freeze(
         with made.step("publish"):
             give_name = partial(publish, parts, record, draft, layers, kind=kind, owner=owner)
             return await trio.to_thread.run_sync(give_name)
-
-
-async def freeze_disks(parts: HostParts, record: Record, draft: Draft, names: Sequence[str]) -> list[UUID]:
-    """The layers of `draft`, bottom to top: those of its parent, and the disks called `names`."""
-    layers: list[UUID] = []
-    if record.base:
-        layers.extend((await trio.to_thread.run_sync(parts.snapshots.load, UUID(record.base))).manifest.layers)
-    directory = parts.state.directory(record.sandbox_id)
-    for name in names:
-        await parts.overlays.freeze(directory / name, record.disk_mb)
-        layers.append(await trio.to_thread.run_sync(draft.add_layer, directory / name))
-    return layers
 
 
 def publish(
@@ -154,18 +142,17 @@ def _keep_working_set(before: Path, draft: Draft) -> None:
 async def run_on(parts: HostParts, made: Made, *, unwanted: UUID) -> None:
     """Let the VM go on after a snapshot that was not to be, and remove what was published of that.
 
-    Also when we are cancelled: a guest must not stand still until the next agent comes.
+    Also when we are cancelled, so shielded: a guest must not stand still until the next agent comes.
     """
-    with trio.CancelScope(shield=True, deadline=trio.current_time() + RUN_ON_TIMEOUT):
-        await wake(made)
-        try:
-            if await trio.to_thread.run_sync(parts.state.read, made.record.sandbox_id) != made.record:
-                log.error("record_is_another")  # it may name what we were about to remove
-                return
-        except OSError as err:
-            log.warning("record_not_read", error=str(err))
+    await wake(made)
+    try:
+        if await trio.to_thread.run_sync(parts.state.read, made.record.sandbox_id) != made.record:
+            log.error("record_is_another")  # it may name what we were about to remove
             return
-        await drop_snapshots(parts, {str(unwanted)})
+    except OSError as err:
+        log.warning("record_not_read", error=str(err))
+        return
+    await drop_snapshots(parts, {str(unwanted)})
 
 
 async def wake(made: Made) -> None:
@@ -210,34 +197,6 @@ async def leave(parts: HostParts, made: Made, *, hurry: trio.Event) -> None:
         made.stopped_at = 0.0
     await drop_snapshots(parts, made.replaced - made.record.snapshots())
     made.replaced = set()
-
-
-async def remove_disks(parts: HostParts, made: Made, names: Sequence[str]) -> None:
-    """Remove disks of the sandbox's directory that are layers by now, or nothing. What does not go is in the way."""
-    for name in names:
-        try:
-            await parts.overlays.remove(parts.state.directory(made.record.sandbox_id) / name)
-        except (StorageError, OSError) as err:
-            log.warning("disk_not_removed", disk=name, error=str(err))
-
-
-async def reconcile_disk(parts: HostParts, made: Made) -> None:
-    """After a live checkpoint that stopped half-way: ask the VM which disk it writes to, and note it.
-
-    Raises VmmError and OSError; then it is not known, and the record says that.
-    """
-    record = made.record
-    if not record.next_disk:
-        return
-    assert made.vm is not None  # noqa: S101 - it runs
-    found = (await made.vm.disk_file()).name
-    if found == record.next_disk:
-        await save(parts, made, disk=found, frozen=(*record.frozen, record.disk), next_disk="")
-    elif found == record.disk:
-        await save(parts, made, next_disk="")
-        await remove_disks(parts, made, [record.next_disk])
-    else:
-        raise VmCommandFailed(f"the VM writes to {found!r}, which is none of its disks")
 
 
 def pause_fault(parts: HostParts, err: Exception) -> Fault:

@@ -151,6 +151,13 @@ class StateDirectory:
             else:
                 entry.unlink(missing_ok=True)
 
+    def remove_stray_disks(self, record: Record) -> None:
+        """Remove disks that a running sandbox does not have any more: they have become layers."""
+        known = {record.disk, record.next_disk, *record.frozen}
+        for entry in self.directory(record.sandbox_id).iterdir():
+            if DISK.fullmatch(entry.name) and entry.name not in known:
+                entry.unlink(missing_ok=True)
+
     def forget_snapshots(self) -> None:
         """Remove all snapshots, of whatever kind."""
         with suppress(FileNotFoundError):

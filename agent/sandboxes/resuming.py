@@ -45,6 +45,7 @@ async def resume(parts: HostParts, made: Made, *, nursery: trio.Nursery) -> None
     Cancelled, it leaves what there is to a removal, or to the next agent. `nursery` gets the guest link's task.
     """
     made.timings_ms = {}
+    failure: Exception | None = None
     try:
         with made.step("queue"):
             await parts.restores.acquire()
@@ -54,10 +55,12 @@ async def resume(parts: HostParts, made: Made, *, nursery: trio.Nursery) -> None
             await _note_running(parts, made)
         finally:
             parts.restores.release()
-    except Exception as err:
-        fault = await explain(parts, made, err, task="resume the sandbox")
+    except Exception as err:  # noqa: BLE001 - explained below
+        failure = err
+    if failure is not None:
+        fault = await explain(parts, made, failure, task="resume the sandbox")
         await undo(parts, made)
-        raise fault from err
+        raise fault from failure
 
 
 async def start_from(

@@ -43,11 +43,6 @@ def authority():
     return CertificateAuthority.create()
 
 
-async def keep_no_pager(parts, directory, *, task_status):
-    """The fake one needs no process."""
-    task_status.started()
-
-
 class Fleet:
     """A host with a daemon on it, and the control plane around it."""
 
@@ -74,7 +69,6 @@ class Fleet:
         monkeypatch.setattr(daemon, "lock_host_network", lambda: None)
         monkeypatch.setattr(daemon, "ensure_host_network", lambda _: None)
         monkeypatch.setattr(daemon, "make_parts", self.make_parts)
-        monkeypatch.setattr(daemon, "keep_pager", keep_no_pager)
         monkeypatch.setattr(daemon, "lock_state_directory", lambda root: self.locks.append(lock(root)))
         transport = httpx.MockTransport(self.answer)
         monkeypatch.setattr(daemon, "ControlPlane", partial(ControlPlane, transport=transport))
