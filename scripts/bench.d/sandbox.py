@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import signal
 import statistics
 import struct
 import subprocess
-import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 import httpx
 import trio
+from stage import connected, platform, show, user
 
 from agent.actor.peer import OpenerPeer
 from agent.images.store import ImageStore
@@ -27,19 +25,12 @@ from agent.storage.qcow2 import Qcow2Overlays
 from agent.vmm.driver import VmSpec
 from agent.vmm.qemu import detect_qemu
 from agent.wire.calls import CONTENT_CHANNEL
-from capsule import config
-from capsule.db.pool import open_database
-from capsule.dev.files import read_secrets
-from capsule.hosts.authority import load_authority
-from capsule.hosts.directory import Directory
-from capsule.hosts.links import HostLinks, tls_dial
-from capsule.hosts.tls import ClientContexts
+from capsule.hosts.links import HostLinks
 
 IMAGES = Path(os.environ.get("CAPSULE_AGENT_IMAGES", "/var/lib/capsule/images"))
 CREATES = 5
 EXECS = 100
 FILE_MB = 64
-GUEST_PORT = 5000
 SINK_PORT = 6000
 SINK = f"""
 import socket
@@ -54,35 +45,6 @@ while True:
         for _ in range({FILE_MB}): peer.sendall(block)
     peer.close()
 """
-
-
-def show(name: str, value: float, unit: str, base: float | None = None, what: str = "") -> None:
-    """One line: name, value, ratio to its baseline."""
-    ratio = "" if not base else f"   {value / base:5.2f} x {what}"
-    print(f"{name:<44}{value:>10.2f} {unit:<5}{ratio}", flush=True)
-
-
-@contextmanager
-def platform():
-    """`capsule dev` in a directory of its own."""
-    with tempfile.TemporaryDirectory(prefix="capsule-bench-", ignore_cleanup_errors=True) as name:
-        data = Path(name)
-        data.chmod(0o711)
-        ready = data / "ready.json"
-        log = (data / "log").open("wb")
-        command = [sys.executable, "-m", "capsule", "dev", "--data", str(data), "--ready-file", str(ready)]
-        began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            while not ready.exists():
-                if process.poll() is not None:
-                    sys.exit((data / "log").read_text())
-                time.sleep(0.02)
-            show("platform start, images cached", time.perf_counter() - began, "s")
-            yield data, json.loads(ready.read_text())
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait()
 
 
 def percentiles(name: str, seconds: list[float], base: float | None = None, what: str = "") -> float:
@@ -240,26 +202,10 @@ async def files(api: httpx.Client, sandbox: dict, guest: OpenerPeer) -> None:
     show("file download through HTTP", size / statistics.median(await timed(http_read, 3)), "MB/s", down, "raw TCP")
 
 
-@asynccontextmanager
-async def connected(data: Path, sandbox: dict):
-    """The agent's wire as the control plane has it, and the guest daemon's as the agent has it."""
-    dsn = f"postgresql://capsule@/capsule?host={data / 'run'}"
-    settings = config.load({**read_secrets(data), "CAPSULE_DATABASE_URL": dsn})
-    async with open_database(dsn, max_size=2) as db, trio.open_nursery() as nursery:
-        links = HostLinks(Directory(db), tls_dial(ClientContexts(await load_authority(db, settings))), settings)
-        await nursery.start(links.run)
-        guest = OpenerPeer(await trio.open_tcp_stream(sandbox["host_ip"], GUEST_PORT))
-        await nursery.start(guest.run)
-        yield links, guest
-        nursery.cancel_scope.cancel()
-
-
 async def main() -> None:
     """All of it, in order."""
-    with platform() as (data, ready):
-        api = httpx.Client(
-            base_url=ready["url"] + "/v1", headers={"X-API-Key": ready["api_key"]}, timeout=600, trust_env=False
-        )
+    with platform(CAPSULE_AGENT_GOLDEN="false") as (data, ready):  # else a create would be no boot
+        api = user(ready)
         bare = statistics.median([await bare_boot(Path(tempfile.mkdtemp(dir=data, prefix="b"))) for _ in range(3)])
         made = await trio.to_thread.run_sync(partial(cold_creates, api, data / "log", bare))
         for sandbox in made[1:]:
