@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from agent.guest.build import compile_daemon
+
 pytestmark = [
     pytest.mark.host,
     pytest.mark.skipif(os.geteuid() != 0, reason="needs mount and UTS namespaces"),
@@ -120,20 +122,48 @@ WATCH = "while :; do read name < /etc/hostname; read id < /etc/machine-id; echo 
 """Prints who it thinks the guest is, again and again."""
 
 
-def test_nobody_sees_the_old_identity_after_the_thaw(start_settling, private, etc, tmp_path, until):
-    """configure thaws last: but for what was read before the freeze, every line is of the new identity."""
-    old, new = ({"hostname": name, "machine_id": name[-1] * 32} for name in ("box-a", "box-b"))
-    client = start_settling("--system-changes", "on", prefix=(*private[1:],))[0].connect()
-    client.call("configure", old)
+@pytest.fixture(scope="module")
+def slow_binary(tmp_path_factory):
+    """A daemon that takes half a second to set the host name, the first of what it tells others about itself."""
+    directory = tmp_path_factory.mktemp("slow")
+    header = directory / "slow.h"
+    header.write_text("#include <unistd.h>\n#define sethostname(...) (usleep(500000), sethostname(__VA_ARGS__))\n")
+    compile_daemon(directory / "guest", compiler="musl-gcc", flags=("-static", "-O1", "-include", str(header)))
+    return directory / "guest"
+
+
+@pytest.fixture
+def watched(slow_binary, start_settling, private, tmp_path, until):
+    """Of a guest that was box-a: a connection, its group, and the lines that a process in it has printed. Frozen."""
+    guest, group = start_settling("--system-changes", "on", binary=slow_binary, prefix=private[1:])
+    client = guest.connect()
+    client.call("configure", {"hostname": "box-a", "machine_id": "a" * 32})
     out = tmp_path / "out"
-    client.call("exec", {"cmd": WATCH + f" > {out}", "background": True})
+    client.call("exec", {"cmd": f"{WATCH} > {out}", "background": True})
     until(lambda: out.exists() and out.stat().st_size, "it watches")
     assert client.call("settle").reply["frozen"] is True
-    seen = out.read_text().count("\n")
-    assert client.call("configure", new).reply == {}
-    until(lambda: out.read_text().count("\n") > seen + 5, "it goes on")
-    after = out.read_text().splitlines()[seen + 1 : -1]
-    assert set(after) == {f"box-b box-b {'b' * 32}"}
+    return client, group, lambda: out.read_text().splitlines()
+
+
+NEW = {"hostname": "box-b", "machine_id": "b" * 32}
+
+
+def test_nobody_sees_the_old_identity_after_the_thaw(watched, until):
+    """configure thaws last: but for what was read before the freeze, every line is of the new identity."""
+    client, _, lines = watched
+    seen = len(lines())
+    assert client.call("configure", NEW).reply == {}
+    until(lambda: len(lines()) > seen + 5, "it goes on")
+    assert set(lines()[seen + 1 : -1]) == {f"box-b box-b {'b' * 32}"}
+
+
+def test_a_configure_that_was_given_up_thaws_nothing(watched):
+    """A half-told guest waits for the next try."""
+    client, group, _ = watched
+    assert client.call("configure", NEW, timeout_ms=100).fault == "deadline_exceeded"
+    assert group.frozen()
+    assert client.call("configure", NEW).reply == {}
+    assert not group.frozen()
 
 
 def test_entropy(client):
