@@ -198,11 +198,11 @@ def create(api):
 
 @pytest.fixture
 def run(api):
-    """`run(sandbox, "line")` → the exec's answer, which must be 200."""
+    """`run(sandbox, "line")` → the exec's answer, which must be 200, or 202 for one in the background."""
 
     def execute(sandbox, cmd, **fields):
         answer = api.post(f"/sandboxes/{sandbox['id']}/exec", json={"cmd": cmd, **fields})
-        assert answer.status_code == 200, answer.text
+        assert answer.status_code == (202 if fields.get("background") else 200), answer.text
         return answer.json()
 
     return execute

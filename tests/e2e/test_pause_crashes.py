@@ -1,0 +1,210 @@
+"""kill -9 of agent, pager and VMMs in the middle of pauses, resumes, forks and compactions: exactly before or after."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROUNDS = int(os.environ.get("CAPSULE_PAUSE_CRASH_ROUNDS", "12"))
+SEED = int(os.environ.get("CAPSULE_CRASH_SEED", "0")) or random.randrange(1, 10**6)
+SANDBOXES = 2
+MAX_LIVE = 4
+AHEAD = 2
+WITNESS = """
+import sys
+held = sys.argv[1]
+while True:
+    asked = input()
+    open("/mnt/answer", "w").write(held)
+"""
+START = "mount -t tmpfs none /mnt; mkfifo /mnt/ask; (while :; do cat /mnt/ask; done) | python3 /root/witness {token}"
+QUESTION = (
+    "cat /mnt/token /root/token; rm -f /mnt/answer; echo > /mnt/ask; "
+    "while ! [ -s /mnt/answer ]; do sleep 0.05; done; cat /mnt/answer"
+)
+
+
+class Crashes:
+    """What the rounds share: the platform, the dice, what each sandbox must remember."""
+
+    def __init__(self, platform, dice):
+        self.platform = platform
+        self.dice = dice
+        self.tokens = {}
+        self.vmm_killed = set()
+        self.unexpected = []
+
+    def call(self, method, path, **fields):
+        """One request; None when there is no answer. 5xx other than 503 are noted."""
+        with suppress(httpx.TransportError, FileNotFoundError, KeyError), self.platform.client() as api:
+            answer = api.request(method, path, **fields)
+            if answer.status_code >= 500 and answer.status_code != 503:
+                self.unexpected.append((method, path, answer.status_code, answer.text))
+            return answer
+        return None
+
+    def status(self, sandbox):
+        answer = self.call("GET", f"/sandboxes/{sandbox}")
+        return answer.json()["status"] if answer is not None and answer.status_code == 200 else None
+
+    def exec(self, sandbox, cmd):
+        answer = self.call("POST", f"/sandboxes/{sandbox}/exec", json={"cmd": cmd, "timeout_sec": 20})
+        return answer.json()["stdout"] if answer is not None and answer.status_code == 200 else None
+
+    def live(self):
+        """Ids by status of everything that lives or rests."""
+        answer = self.call("GET", "/sandboxes", params={"limit": 200})
+        return {one["id"]: one["status"] for one in answer.json()} if answer is not None and answer.is_success else {}
+
+    def new(self, poll):
+        """A sandbox with a process that remembers a token in its memory, a file in tmpfs and one on the disk."""
+        token = f"t{self.dice.randrange(10**9)}"
+
+        def make():
+            answer = self.call("POST", "/sandboxes", json={"memory_mb": 128})
+            return answer.json()["id"] if answer is not None and answer.status_code == 201 else None
+
+        sandbox = poll(make, 60, "a new sandbox")
+        form = {"path": (None, "/root/witness"), "file": ("witness", WITNESS.encode())}
+        poll(lambda: self.call("POST", f"/sandboxes/{sandbox}/files/write", files=form), 30, "the witness")
+        body = {"cmd": START.format(token=token), "background": True}
+        poll(lambda: self.call("POST", f"/sandboxes/{sandbox}/exec", json=body), 30, "the witness to start")
+        poll(lambda: self.exec(sandbox, "test -p /mnt/ask && echo ok"), 30, "the pipe")
+        self.tokens[sandbox] = token
+        self.note(sandbox)
+        return sandbox
+
+    def note(self, sandbox):
+        """Write the token where it must be found again."""
+        token = self.tokens[sandbox]
+        assert self.exec(sandbox, f"echo {token} > /mnt/token; echo {token} > /root/token; sync; echo ok") == "ok\n"
+
+    def victim(self):
+        """Pids to kill, and whether they are VMMs."""
+        kind = self.dice.choice(["agent", "agent", "pager", "vmm"])
+        if kind == "agent":
+            return list(self.platform.ready["agent_pids"]), False
+        if kind == "pager":
+            return [pid for pid in self.platform.pids() if b"agent.pager" in _cmdline(pid)], False
+        pids = self.platform.vmm_pids()
+        return ([self.dice.choice(pids)] if pids else []), True
+
+    def round(self):
+        """Something on every sandbox at once, and a kill in the middle."""
+        with ThreadPoolExecutor(8) as pool:
+            jobs = []
+            for sandbox, status in self.live().items():
+                if status == "running":
+                    action = self.dice.choice(["pause", "pause", "fork"] if len(self.tokens) < MAX_LIVE else ["pause"])
+                elif status == "paused":
+                    action = self.dice.choice(["resume", "resume", "nothing"])
+                else:
+                    continue
+                if action != "nothing":
+                    jobs.append((sandbox, action, pool.submit(self.call, "POST", f"/sandboxes/{sandbox}/{action}")))
+            time.sleep(self.dice.uniform(0, 1.2))
+            pids, vmm = self.victim()
+            for pid in pids:
+                if vmm and (owner := _owner(pid)):
+                    self.vmm_killed.add(owner)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for sandbox, action, job in jobs:
+                self.adopt_children(sandbox, action, job.result())
+
+    def adopt_children(self, sandbox, action, answer):
+        """Forks remember what their source did."""
+        if action == "fork" and answer is not None and answer.status_code == 201:
+            for item in answer.json()["items"]:
+                if "id" in item:
+                    self.tokens[item["id"]] = self.tokens.get(sandbox)
+
+
+def _cmdline(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _owner(pid):
+    with suppress(OSError):
+        return "sb-" + Path(f"/proc/{pid}/cwd").readlink().name
+    return None
+
+
+@pytest.mark.usefixtures("own_host")
+def test_exactly_before_or_exactly_after(start_platform, slots, poll):
+    """After every round each sandbox runs or rests (or its VMM was the victim), and has all it had; at the end the host
+    holds just what the rows say."""
+    dice = random.Random(SEED)
+    settings = {
+        "CAPSULE_CREATE_TIMEOUT": "40",
+        "CAPSULE_CALL_TIMEOUT": "15",
+        "CAPSULE_PAUSE_TIMEOUT": "20",
+        "CAPSULE_RESUME_TIMEOUT": "20",
+        "CAPSULE_AGENT_SLOTS_AHEAD": str(AHEAD),
+        "CAPSULE_AGENT_COMPACT_GENERATIONS": "3",
+    }
+    with start_platform(**settings) as platform:
+        crashes = Crashes(platform, dice)
+        for _ in range(ROUNDS):
+            while len(crashes.live()) < SANDBOXES:
+                crashes.new(poll)
+            crashes.round()
+            poll(lambda: set(crashes.live().values()) <= {"running", "paused"}, 90, f"settled rows (seed {SEED})")
+            _check(crashes, poll)
+        assert crashes.unexpected == [], f"seed {SEED}"
+        _nothing_left_over(crashes, platform, slots, poll)
+
+
+def _check(crashes, poll):
+    """What lives has its memory, its processes and its disk; what does not was killed by us."""
+    live = crashes.live()
+    for sandbox in list(crashes.tokens):
+        if sandbox not in live:
+            assert crashes.status(sandbox) in {"error", "stopped"}
+            assert sandbox in crashes.vmm_killed, f"{sandbox} is lost, nobody killed its VMM (seed {SEED})"
+            del crashes.tokens[sandbox]
+    for sandbox, status in live.items():
+        token = crashes.tokens.get(sandbox)
+        if status == "running" and token is not None and crashes.dice.random() < 0.7:
+            answer = poll(lambda one=sandbox: crashes.exec(one, QUESTION), 60, f"an answer of {sandbox} (seed {SEED})")
+            assert answer.split() == [token] * 3, f"{sandbox} (seed {SEED})"
+        elif status == "running" and token is None:
+            crashes.call("DELETE", f"/sandboxes/{sandbox}")  # a child whose fork gave no answer
+
+
+def _nothing_left_over(crashes, platform, slots, poll):
+    live = crashes.live()
+    running = {name.removeprefix("sb-") for name, status in live.items() if status == "running"}
+    known = {name.removeprefix("sb-") for name in live}
+    state = platform.data / "agent"
+    poll(lambda: {p.name for p in (state / "sandboxes").iterdir()} == known, 30, f"directories (seed {SEED})")
+    poll(lambda: len(platform.vmm_pids()) <= len(running) + 1, 60, f"{len(running)} VMs (seed {SEED})")
+    poll(lambda: len(slots()) <= len(running) + AHEAD + 1, 60, f"slots (seed {SEED})")
+    for sandbox in live:
+        poll(lambda one=sandbox: _deleted(crashes, one), 60, f"the end of {sandbox} (seed {SEED})")
+    store = state / "snapshots"
+    poll(lambda: not list((state / "sandboxes").iterdir()), 30, "no directories")
+    poll(lambda: _owned_snapshots(store) == [], 60, f"no snapshots (seed {SEED})")
+
+
+def _deleted(crashes, sandbox):
+    answer = crashes.call("DELETE", f"/sandboxes/{sandbox}")
+    return answer is not None and answer.status_code == 204
+
+
+def _owned_snapshots(store):
+    """Snapshots of sandboxes. A named one that a killed fork left is collected by the monitor after its grace."""
+    texts = [path.read_text(errors="replace") for path in store.glob("snapshots/*/manifest.json")]
+    drafts = [path.name for path in store.glob("snapshots/.*")]
+    return drafts + [text for text in texts if '"sandbox"' in text]
