@@ -7,10 +7,9 @@ of its own that runs, fails, or is ended by the monitor like any other; a snapsh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
-from uuid import UUID, uuid4, uuid5
+from uuid import UUID, uuid4
 
 import structlog
 import trio
@@ -20,19 +19,19 @@ from agent.wire.faults import Fault
 from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
-from capsule.db.queries import idempotency, sandboxes, templates
+from capsule.db.queries import idempotency
 from capsule.hosts.answers import parse_answer
 from capsule.model import ForkFailure
-from capsule.sandboxes.admission import Shape, check_allowed, fingerprint, same_request
+from capsule.sandboxes.admission import fingerprint, same_request
 from capsule.sandboxes.asking import persist
+from capsule.sandboxes.children import Children, ForkRequest, admit, children, insert, shape
 from capsule.sandboxes.create import REPLAY_PAUSE
 from capsule.sandboxes.failures import as_error
-from capsule.sandboxes.rows import NO_ANSWER, found, record, view, wrong_status
+from capsule.sandboxes.rows import NO_ANSWER, view
 from capsule.sandboxes.start import Origin, outcome
 
 if TYPE_CHECKING:
     from capsule.config import Settings
-    from capsule.db.connection import Connection
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
     from capsule.model import Forked, Principal
@@ -47,27 +46,6 @@ AT_ONCE = 8
 """Children of one fork that start at the same time."""
 MAX_SECONDS = 600.0
 """For all children together; less than the grace after which the monitor collects their snapshot."""
-ENDPOINT = "POST /v1/sandboxes/fork"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ForkRequest:
-    """What was asked for; the same for the same request."""
-
-    fork: UUID
-    count: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Children:
-    """What the transaction writes down. `id` names the fork: its snapshot, and by their number its children."""
-
-    id: UUID
-    principal: Principal
-    source: SandboxRow
-    request: ForkRequest
-    idempotency_key: str | None
-    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +86,7 @@ class Forker:
     async def _begin(self, new: Children) -> list[SandboxRow] | None:
         """Room for all, the snapshot, the rows."""
         source = new.source
-        want = _shape(source).size().times(new.request.count)
+        want = shape(source).size().times(new.request.count)
         try:
             async with self.scheduler.reserve(want, among=frozenset({_host(source)})):
                 await self._make_snapshot(new)
@@ -180,7 +158,7 @@ class Forker:
         end."""
         deadline = trio.current_time() + MAX_SECONDS + self.settings.pause_timeout
         while True:
-            rows = await self.rows.run(_children, fork, count)
+            rows = await self.rows.run(children, fork, count)
             if not any(row.status in {Status.PENDING, Status.STARTING} for row in rows):
                 return [_item(row) for row in rows]
             if trio.current_time() >= deadline:
@@ -195,77 +173,6 @@ def _item(row: SandboxRow) -> Forked:
         return ForkFailure(err.code, err.message)
 
 
-def _shape(source: SandboxRow) -> Shape:
-    return Shape(vcpus=source.vcpus, memory_mb=source.memory_mb, disk_mb=source.disk_mb)
-
-
 def _host(row: SandboxRow) -> UUID:
     assert row.host_id is not None  # noqa: S101 - it runs there
     return row.host_id
-
-
-def child(fork: UUID, number: int) -> UUID:
-    """The id of a fork's child: found again without a list of them."""
-    return uuid5(fork, str(number))
-
-
-async def _children(tx: Connection, fork: UUID, count: int) -> list[SandboxRow]:
-    return [found(await sandboxes.get_any(tx, child(fork, number))) for number in range(count)]
-
-
-async def admit(tx: Connection, principal: Principal, request: ForkRequest) -> SandboxRow:
-    """The source, which runs, when the team may have that many more. NotFound, InvalidState, QuotaExceeded, NoTeam."""
-    source = found(await sandboxes.get(tx, principal.team_id, request.fork))
-    if source.status != Status.RUNNING:
-        raise wrong_status(source)
-    await check_allowed(tx, principal, _shape(source), request.count)
-    return source
-
-
-async def insert(tx: Connection, new: Children) -> list[SandboxRow] | None:
-    """The one transaction: idempotency, quota, rows, audit. None when the key was used meanwhile."""
-    principal, source, request = new.principal, new.source, new.request
-    if (done := await sandboxes.get_any(tx, child(new.id, 0))) is not None and done.generation > 1:
-        return await _children(tx, new.id, request.count)  # committed, and the answer was lost
-    if new.idempotency_key is not None:
-        claim = await idempotency.claim(
-            tx, principal.team_id, new.idempotency_key, fingerprint(request), new.id, endpoint=ENDPOINT
-        )
-        if claim is not None:
-            same_request(claim, request)
-            return None
-    await check_allowed(tx, principal, _shape(source), request.count)
-    template = source.template_id
-    if template is not None and not await templates.hold(tx, template):
-        template = None  # deleted since, with the source
-    return [await _insert_child(tx, new, number, template) for number in range(request.count)]
-
-
-async def _insert_child(tx: Connection, new: Children, number: int, template: UUID | None) -> SandboxRow:
-    source = new.source
-    deadline = datetime.now(UTC) + timedelta(seconds=new.seconds)
-    row = await sandboxes.insert(
-        tx,
-        id=child(new.id, number),
-        team_id=source.team_id,
-        template=source.template,
-        template_id=template,
-        vcpus=source.vcpus,
-        memory_mb=source.memory_mb,
-        disk_mb=source.disk_mb,
-        timeout_sec=source.timeout_sec,
-        metadata=source.metadata,
-        transition_deadline=deadline,
-    )
-    metadata = {"template": source.template, "fork_of": f"sb-{source.id}"}
-    await record(tx, new.principal, row.id, "create", "success", metadata)
-    placed = await sandboxes.change_status(
-        tx,
-        row.id,
-        from_status=row.status,
-        generation=row.generation,
-        to_status=Status.STARTING,
-        host_id=source.host_id,
-        transition_deadline=deadline,
-    )
-    return found(placed)

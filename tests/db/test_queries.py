@@ -475,3 +475,13 @@ async def test_an_idempotency_key_makes_one_resource(db: Database, team: TeamRow
     await db.run(lambda tx: tx.execute("update idempotency_keys set created_at = now() - interval '25 hours'"))
     assert await db.run(idempotency.get, team.id, "k") is None
     assert await claim(99) is None
+
+
+async def test_handing_over_makes_overdue(db: Database, sandbox: MakeSandbox, soon: datetime):
+    """Only the row as it was; never later than it was due."""
+    row = await sandbox()
+    await db.run(sandboxes.hand_over, row.id, row.generation + 1)
+    assert await db.run(sandboxes.get_any, row.id) == row
+    await db.run(sandboxes.hand_over, row.id, row.generation)
+    (now,) = await db.run(sandboxes.overdue, datetime.now(UTC) + timedelta(seconds=1))
+    assert (now.id, now.generation) == (row.id, row.generation)

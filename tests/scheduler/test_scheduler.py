@@ -220,3 +220,55 @@ async def _play(rooms, latency, plan):
     settles = latency <= SETTLING_TIME / 8 and all(after_row <= SETTLING_TIME / 4 for _, _, after_row, _ in plan)
     if len(plan) <= sum(rooms) and settles:  # a place that is counted twice for longer may cost somebody a refusal
         assert not refused
+
+
+async def test_only_certain_hosts(scheduler, database, autojump_clock):
+    """A place on one of them, whatever room others have; the refusal says that only they would do."""
+    for _ in range(5):
+        async with scheduler.reserve(WANT, among=frozenset({TWO})) as host:
+            assert host == TWO
+    database.rows[TWO] = 5
+    with pytest.raises(NoHostsAvailable, match="only online host that has the snapshot lacks 512 MiB") as caught:
+        async with scheduler.reserve(WANT, among=frozenset({TWO})):
+            pass
+    assert caught.value.extra == {"limits": ["memory_mb"]}
+    with pytest.raises(NoHostsAvailable, match="no host that has the snapshot is online") as caught:
+        async with scheduler.reserve(WANT, among=frozenset({UUID(int=9)})):
+            pass
+    assert caught.value.extra == {"limits": []}
+
+
+async def test_several_that_have_it_take_turns(scheduler, database, autojump_clock):
+    """Round robin among them."""
+    seen = []
+    for _ in range(4):
+        async with scheduler.reserve(WANT, among=frozenset({ONE, TWO})) as host:
+            seen.append(host)
+    assert Counter(seen) == {ONE: 2, TWO: 2}
+
+
+async def test_more_of_a_host(scheduler, database, autojump_clock):
+    """Resumes and creates count each other, in whatever order; closed hosts have room for those that rest there."""
+    half = Size(vcpus=1, memory_mb=256)
+    async with scheduler.reserve_more(ONE, half), scheduler.reserve_more(ONE, half):
+        database.rows[ONE] = 4
+        with pytest.raises(NoHostsAvailable):
+            async with scheduler.reserve(WANT, among=frozenset({ONE})):
+                pass
+    async with scheduler.reserve(WANT, among=frozenset({ONE})):
+        with pytest.raises(NoHostsAvailable):
+            async with scheduler.reserve_more(ONE, half):
+                pass
+    assert scheduler.statistics().held == 0
+
+    async def read():
+        return Fleet({TWO: room_for(5)}, {}, closed={ONE: room_for(1)})
+
+    scheduler._read = read
+    async with scheduler.reserve_more(ONE, half):
+        for _ in range(3):
+            async with scheduler.reserve(WANT) as host:
+                assert host == TWO
+    with pytest.raises(NoHostsAvailable):
+        async with scheduler.reserve(WANT, among=frozenset({ONE})):
+            pass

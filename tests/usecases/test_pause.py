@@ -290,7 +290,7 @@ async def test_a_client_that_hangs_up(virtual_clock, world, agent, plane, sandbo
 @pytest.mark.parametrize("first", ["client", "reaper"])
 async def test_a_pause_beside_the_reaper(virtual_clock, world, agent, sandbox, nursery, first, lead):
     """Trap 5: both pause at once: it is paused once, the client gets it, the trail has one entry, nothing is left in
-    the outbox, and nobody finds it `error` or `running`."""
+    the outbox, and nobody finds it `error` or `running`. A row that a client has made `pausing` is the client's."""
     nursery.start_soon(world.beat)
     plane = await world.control_plane(monitor=True)
     agent.delay = 1
@@ -311,7 +311,8 @@ async def test_a_pause_beside_the_reaper(virtual_clock, world, agent, sandbox, n
     await trio.sleep(15)
     assert await world.disagreements() == []
     assert (await world.row(sandbox)).status == "paused"
-    assert len(await trail(world, "pause")) == 1
+    (entry,) = await trail(world, "pause")
+    assert entry[0] == ("system" if (first, lead) == ("reaper", 1.5) else "api_key")
 
 
 async def test_a_row_that_says_running_of_one_that_rests(virtual_clock, world, agent, plane, sandbox):
