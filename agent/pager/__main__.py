@@ -14,7 +14,6 @@ import click
 import trio
 
 from agent.actor.logs import configure_logs
-from agent.actor.watchdog import LoopWatchdog
 from agent.pager.daemon import AnotherPager, serve, take_directory
 from agent.pager.service import CONNECT_TIMEOUT
 
@@ -50,7 +49,7 @@ def main(directory: Path, log_level: str, log_json: bool, connect_timeout: float
         sys.exit(ANOTHER_PAGER)
     run = partial(serve, directory, connect_timeout=connect_timeout, ready=ready_fd)
     gc.freeze()
-    trio.run(run, instruments=[LoopWatchdog()])
+    trio.run(run)
 
 
 def _prepare_process() -> None:

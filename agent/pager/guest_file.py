@@ -37,8 +37,10 @@ class GuestFile:
         self._shift = shift
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Close the file; harmless when done already. Frees all of the guest's memory if its VMM has ended: blocks."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
     def write(self, offset: int, data: memoryview) -> int:
         """Put content where no page is yet; how many bytes of it. Raises OSError."""

@@ -1,19 +1,19 @@
 """Answers the page faults of one VM.
 
-Owns: the events read and not yet answered. Owned by: the VM's task, which runs `prefetch` and then `serve`.
+Owns: the VM's events. Owned by: the VM's task, which runs `prefetch` and then `serve`.
 Takes: events of the userfaultfd. Emits: nothing; its figures are read by others. Dies when: its task is cancelled (the
 VMM has ended or is released), or a fault cannot be answered (FaultUnserved, or what the reader raises).
 
-One chunk is one step: after a few of them every other VM has its turn. What is not in the page cache is read in a
-thread, while the other VMs go on.
+One chunk is one step: after it every other VM has its turn. What is not in the page cache is read in a thread, while
+the other VMs go on.
 """
 
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections import deque
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,12 +22,13 @@ import trio
 
 from agent.pager import abi
 from agent.pager.abi import PAGE, Userfault
-from agent.pager.faults import ABSENT, CHUNK, PIECE, PRESENT, REMOVED, Action, PageMap, Streams
+from agent.pager.events import AGAIN_PAUSE, Events, Fault
+from agent.pager.faults import ABSENT, CHUNK, PIECE, PRESENT, Action, PageMap, Streams
 from agent.pager.figures import Figures
 from agent.pager.filling import Again, FaultUnserved, Filler, OutOfMemory, Staging, VmGone
 from agent.pager.guest_file import GuestFile
 from agent.pager.recording import RECORDED_FAULTS, Recorder
-from agent.snapshots.errors import WouldBlock
+from agent.snapshots.errors import SnapshotDamaged, WouldBlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -37,24 +38,10 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-EVENTS_AT_ONCE = 64
-CHUNKS_PER_TURN = 2
-"""Brought without giving way: about a tenth of a millisecond."""
 PIECES_PER_TURN = 8
-"""The same for pieces of a working set, most of which are single pages."""
-AGAIN_PAUSE = 0.0005
+"""Pieces of a working set, most of which are single pages, brought in without giving way."""
 MEMORY_PAUSE = 0.05
 MEMORY_TRIES = 40
-SPURIOUS_LIMIT = 64
-"""Wake-ups in a row without an event. Withdrawn faults make some; a VMM that plays with its descriptor makes many."""
-
-
-class Fault(NamedTuple):
-    """`heard`: on the clock of time.perf_counter."""
-
-    address: int
-    flags: int
-    heard: float
 
 
 class Piece(NamedTuple):
@@ -94,34 +81,36 @@ class FaultServer:
         self._memory = memory
         self._shared = shared
         self._filler = Filler(userfault, memory.pages, shared.zeros)
-        self._buffer = bytearray(abi.EVENT.size * EVENTS_AT_ONCE)
-        self._waiting: deque[Fault] = deque()
-        self._removed: deque[tuple[int, int]] = deque()
+        self._events = Events(userfault, memory.regions, memory.pages, self._filler)
         self._ahead: deque[Piece] = deque()
         self._streams = Streams()
-        self._spurious = 0
         self._memory_tries = 0
 
     async def serve(self) -> None:
         """Answer faults until cancelled or the VMM's memory is gone. Raises FaultUnserved, SnapshotDamaged."""
-        turn = 0
+        worked = False
         try:
             while True:
-                if self._waiting or self._read_events():
-                    await self._answer_next()
-                elif self._ahead:
-                    await self._bring_piece(self._ahead.popleft())
-                    turn += PIECE // CHUNK - 1
-                else:
-                    turn = 0
-                    await self._wait_for_events()
+                asked = bool(self._events.waiting) or self._events.read()
+                if not asked and not self._ahead:
+                    await self._events.wait()
+                    worked = False
                     continue
-                turn += 1
-                if turn >= CHUNKS_PER_TURN:
-                    turn = 0
+                if worked:  # one chunk is one turn: the others may have waited for it
                     await trio.lowlevel.checkpoint()
+                if asked:
+                    await self._answer_next()
+                else:
+                    await self._read_ahead()
+                worked = True
         except VmGone:
             await trio.sleep_forever()  # whoever watches the process is about to say so
+
+    async def _read_ahead(self) -> None:
+        try:
+            await self._bring_piece(self._ahead.popleft())
+        except SnapshotDamaged:
+            self._ahead.clear()  # perhaps nobody will ever ask for it
 
     async def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Bring in parts of the memory, (offset, length) in bytes, answering faults meanwhile. Raises as `serve`."""
@@ -131,8 +120,8 @@ class FaultServer:
                 await self._bring_piece(piece)
                 done += 1
                 if done % PIECES_PER_TURN == 0:
-                    self._read_events()
-                    while self._waiting:
+                    self._events.read()
+                    while self._events.waiting:
                         await self._answer_next()
                         await trio.lowlevel.checkpoint()
                     await trio.lowlevel.checkpoint()
@@ -140,69 +129,15 @@ class FaultServer:
             await trio.sleep_forever()
 
     def wake_all(self) -> None:
-        """Have every waiting thread of the VMM fault again: who heard of its fault may be gone. Raises OSError."""
+        """Have every waiting thread of the VMM fault again: who heard of its fault may be gone."""
         for region in self._memory.regions.regions:
-            self._userfault.wake(region.address, region.size)
-
-    # --- events ------------------------------------------------------------------------------------------------
-
-    def _read_events(self) -> bool:
-        """Take what events there are; whether a fault waits for its answer."""
-        try:
-            size = self._userfault.read_events(self._buffer)
-        except BlockingIOError:
-            return bool(self._waiting)
-        except OSError as err:
-            raise FaultUnserved(f"the VMM's userfaultfd cannot be read: {err.strerror}") from err
-        self._spurious = 0
-        heard = time.perf_counter()
-        for at in range(0, size, abi.EVENT.size):
-            event, first, second, _ = abi.EVENT.unpack_from(self._buffer, at)
-            if event == abi.EVENT_PAGEFAULT:
-                self._waiting.append(Fault(second, first, heard))
-            else:
-                self._hear(event, first, second)
-        if self._removed:
-            self._count_removed()
-        return bool(self._waiting)
-
-    def _hear(self, event: int, first: int, second: int) -> None:
-        if event in {abi.EVENT_REMOVE, abi.EVENT_UNMAP}:
-            for offset, length in self._memory.regions.clip(first, second):
-                self._memory.pages.mark(offset // PAGE, length // PAGE, REMOVED)
-                self._removed.append((offset, length))
-            return
-        if event == abi.EVENT_FORK:
-            os.close(first)  # reading the event has made a descriptor of ours
-        raise FaultUnserved(f"the VMM does with its memory what cannot be followed (event {event:#x})")
-
-    def _count_removed(self) -> None:
-        """What was given back counts as written. What the kernel cannot do yet stays for the next time."""
-        for _ in range(len(self._removed)):
-            offset, length = self._removed.popleft()
-            region = self._memory.regions.at_offset(offset)
-            try:
-                self._filler.count_as_written(region, offset // PAGE, length // PAGE)
-            except Again:
-                self._removed.append((offset, length))
-
-    async def _wait_for_events(self) -> None:
-        if self._removed:
-            await trio.sleep(AGAIN_PAUSE)
-            self._count_removed()
-            return
-        self._spurious += 1
-        if self._spurious > 2:
-            os.set_blocking(self._userfault.fd, False)  # the VMM shares it; a blocking one looks always readable
-            await trio.sleep(AGAIN_PAUSE * self._spurious)
-        if self._spurious > SPURIOUS_LIMIT:
-            raise FaultUnserved("the VMM's userfaultfd is always ready and has never anything to say")
-        await trio.lowlevel.wait_readable(self._userfault.fd)
+            with suppress(OSError):  # it is ending
+                self._userfault.wake(region.address, region.size)
 
     # --- answers -----------------------------------------------------------------------------------------------
 
     async def _answer_next(self) -> None:
-        fault = self._waiting[0]
+        fault = self._events.waiting[0]
         try:
             try:
                 self._answer(fault, None)
@@ -210,7 +145,7 @@ class FaultServer:
                 await self._answer_from_disk(fault)
         except Again:
             await trio.sleep(AGAIN_PAUSE)
-            self._read_events()
+            self._events.read()
             return
         except OutOfMemory:
             self._memory_tries += 1
@@ -219,7 +154,7 @@ class FaultServer:
             await trio.sleep(MEMORY_PAUSE)
             return
         self._memory_tries = 0
-        self._waiting.popleft()
+        self._events.waiting.popleft()
         self.figures.answered(time.perf_counter() - fault.heard)
         self.figures.fault_bytes = self._filler.bytes - self.figures.prefetched_bytes
         if self._recorder.active and self.figures.faults >= RECORDED_FAULTS:

@@ -33,11 +33,14 @@ from agent.snapshots.errors import SnapshotDamaged
 if TYPE_CHECKING:
     import socket
 
+    from agent.pager.guest_file import GuestFile
+
 
 log = structlog.get_logger()
 
 END_TIMEOUT = 10.0
 """Seconds for writing down why a VM is ended; its VMM is killed in any case."""
+CLOSE_TIMEOUT = 30.0
 SETTLE_TIMEOUT = 5.0
 """Seconds a stop waits for a VM's task, which may have a disk read under way."""
 
@@ -74,6 +77,7 @@ class VmPaging:
         self._ended = trio.Event()
         self._figures = Figures()
         self._recorder: Recorder | None = None
+        self._file: GuestFile | None = None
 
     def statistics(self) -> PagerStatistics:
         """See Pager.statistics."""
@@ -113,6 +117,7 @@ class VmPaging:
             return
         recorder.taken = True
         touched = await recorder.finish()
+        await self._close_file()
         if touched is not None:
             async with self._means.working_sets:
                 await trio.to_thread.run_sync(write_working_set, self.vm.snapshot, touched)
@@ -176,26 +181,40 @@ class VmPaging:
         """Raises FaultUnserved, SnapshotDamaged."""
         look = partial(look_at_memory, client, self.vm.uid, snapshot.memory_bytes, served)
         seen = await trio.to_thread.run_sync(look)
+        self._file = seen.file
         try:
-            by_table = seen.file is not None
-            recorder = Recorder(client.identity.pid, client.regions, by_page_table=by_table)
+            recorder = Recorder(client.identity.pid, client.regions, by_page_table=seen.file is not None)
             memory = Memory(RegionMap(client.regions), snapshot.memory, seen.pages, seen.file)
             server = FaultServer(client.userfault, memory, self._means.shared, recorder)
             self._figures = server.figures
             if served is None:
-                record = VmRecord(self.vm, client.served(tracked=seen.tracked))
-                await trio.to_thread.run_sync(self._means.records.save, record)
+                await self._record(client.served(tracked=seen.tracked))
                 self._recorder = recorder
                 await self._prefetch(server)
             else:
                 recorder.drop()  # what was touched before we came is mixed with what was brought
                 server.wake_all()
+                await self._close_file()
             self.settled.set()
-            log.info("vm_served", pid=client.identity.pid, adopted=served is not None, by_file=by_table)
+            log.info("vm_served", pid=client.identity.pid, adopted=served is not None, by_file=seen.file is not None)
             await server.serve()
         finally:
-            if seen.file is not None:
-                seen.file.close()
+            with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
+                await self._close_file()
+
+    async def _record(self, served: Served) -> None:
+        """Before the first fault is answered. Raises FaultUnserved: nobody could serve on after us."""
+        try:
+            await trio.to_thread.run_sync(self._means.records.save, VmRecord(self.vm, served))
+        except OSError as err:
+            raise FaultUnserved(f"the pager cannot write its record of the VM: {err}") from err
+
+    async def _close_file(self) -> None:
+        """It is needed for the beginning only. Not ours to hold the memory of a VM that has ended: freeing it takes a
+        while, which is the VMM's to spend, or else a thread's."""
+        file, self._file = self._file, None
+        if file is not None:
+            await trio.to_thread.run_sync(file.close, abandon_on_cancel=True)
 
     async def _prefetch(self, server: FaultServer) -> None:
         if self.vm.prefetch:

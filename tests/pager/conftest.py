@@ -71,6 +71,12 @@ def _descriptors():
     return descriptors
 
 
+@pytest.fixture
+def open_files():
+    """The names of a process's open descriptors."""
+    return lambda pid: [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in descriptors(pid)]  # noqa: PTH115
+
+
 @dataclass
 class Snapshot:
     """A memory in several builds, and what it must be."""

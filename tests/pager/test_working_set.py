@@ -43,6 +43,17 @@ async def test_exactly_the_touched_pages_are_recorded_and_the_next_run_does_not_
     assert await vmm.ask("verify 3 9") == "same"
 
 
+async def test_the_pager_does_not_hold_the_memory_of_a_vm_for_long(world, snapshot, open_files):
+    """Its hold of the memory file ends with the recording: else the memory of a VM that has ended would wait for us to
+    let go, and freeing gigabytes would hold up everybody's faults."""
+    vmm = await world.start(snapshot)
+    await touch(vmm, [1])
+    assert any("memfd:guest" in name for name in open_files(world.pager_pid()))
+    await world.client.record_working_set("one")
+    assert not any("memfd:guest" in name for name in open_files(world.pager_pid()))
+    assert await vmm.ask("verify 2 2") == "same"
+
+
 async def test_it_shrinks_to_what_runs_have_in_common(world, snapshot):
     """What was brought ahead and not touched is seen not to be: after two runs only what both touched remains."""
     for number, pages in enumerate([range(0, 600, 2), range(0, 300, 2), range(0, 300, 2)]):
