@@ -62,6 +62,7 @@ class GoldenSnapshots:
         self._parts = parts
         self._shapes = tuple(shapes)
         self._limit = limit
+        self._version = version("capsule")
         self._ids: OrderedDict[str, UUID] = OrderedDict()  # least recently used first
         self._wanted: OrderedDict[str, Record] = OrderedDict()
         self._failures: dict[str, int] = {}
@@ -82,13 +83,13 @@ class GoldenSnapshots:
         await self._begin(found)
         while True:
             await self._look()
+            self._asked = trio.Event()
             for key, record in list(self._wanted.items()):
                 del self._wanted[key]
                 if key not in self._ids and self._failures.get(key, 0) < MAX_FAILURES:
                     await self._try(key, record, admission)
             with trio.move_on_after(LOOK_EVERY):
                 await self._asked.wait()
-            self._asked = trio.Event()
 
     async def _begin(self, found: Mapping[str, Manifest]) -> None:
         """Keep what fits an image that can be booted now; drop the rest."""
@@ -175,7 +176,7 @@ class GoldenSnapshots:
 
     def _key(self, image_digest: str, vcpus: int, memory_mb: int) -> str:
         """Of all that a golden snapshot depends on; the guest daemon and the kernel are parts of the image."""
-        parts = (FORMAT, image_digest, vcpus, memory_mb, self._parts.vms.version(), version("capsule"))
+        parts = (FORMAT, image_digest, vcpus, memory_mb, self._parts.vms.version(), self._version)
         return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()
 
 

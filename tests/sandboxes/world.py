@@ -145,12 +145,12 @@ class Host:
         finally:
             self.dead = True  # whatever is left of this agent must not touch the host any more
 
-    async def live(self, work, *, crash_at=None, stop_at=None):
+    async def live(self, work, *, crash_at=None, stop_at=None, **options):
         """One life that does `work(agent)`, killed or stopped at that step of it; returns the agent, for its fate."""
         self.dead = False
         self.steps.clear()
         self.crash_at, self.stop_at = crash_at, stop_at
-        life = self.new_agent()
+        life = self.new_agent(**options)
         try:
             async with trio.open_nursery() as life.nursery:
                 await life.start(life.nursery)
@@ -205,6 +205,7 @@ class Agent:
     """One life."""
 
     def __init__(self, host, memory_mb, options):
+        golden = options.pop("golden", None)
         self.host = host
         self.killed = False
         self.finished = False
@@ -225,7 +226,9 @@ class Agent:
             tracking=lambda _: ContentDirty,
             **{"guest_timeout": 60.0, **options},
         )
-        self.manager = Manager(self.parts, memory_mb=memory_mb)
+        self.golden = golden and golden(self.parts)
+        find = {"golden": self.golden.find} if golden else {}
+        self.manager = Manager(self.parts, memory_mb=memory_mb, **find)
         self.handlers = Handlers(self.manager, self.outbox, self._describe)
 
     async def start(self, nursery):
@@ -233,6 +236,8 @@ class Agent:
         await nursery.start(self.slots.run)
         await nursery.start(self.manager.run, self.found)
         nursery.start_soon(reap, self.manager)
+        if self.golden:
+            nursery.start_soon(self.golden.run, self.found.golden, self.manager.admission)
 
     def kill(self):
         """kill -9, now."""
