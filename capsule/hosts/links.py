@@ -51,13 +51,13 @@ class HostLinks:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run until cancelled; `started()` when calls can be made."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self._check_endpoints)
-                task_status.started()
-        finally:
-            self._nursery = None
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                await self._check_endpoints()
+            finally:
+                self._nursery = None  # before it closes: whoever still calls gets a Fault
 
     async def call(
         self,
