@@ -174,7 +174,7 @@ async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:
         slots=SlotPool(backend, first=settings.slot_first, count=settings.slot_count, ahead=settings.slots_ahead),
         slot_backend=backend,
         overlays=Qcow2Overlays(),
-        vms=await detect_qemu(),
+        vms=await detect_qemu(shims=state.root / "vmm"),
         snapshots=SnapshotStore(state.snapshots),
         pager=PagerClient(state.root / PAGER_DIRECTORY),
         connect_guest=GuestLink,

@@ -156,12 +156,12 @@ def device_mapper(subject: Subject) -> Check:
 
 
 def userfaultfd(subject: Subject) -> Check:
-    """Guest memory can come lazily."""
+    """Guest memory can come by page fault: what every resume needs."""
     error = subject.machine.userfaultfd_error()
     if not error:
         return Check("userfaultfd", True, "page faults can be handled in user space", essential=False)
-    fix = "sysctl -w vm.unprivileged_userfaultfd=1"
-    return Check("userfaultfd", False, f"memory is read whole on resume ({error})", fix, essential=False)
+    fix = "use a kernel from 6.1 on with CONFIG_USERFAULTFD, and in a container pass /dev/userfaultfd through"
+    return Check("userfaultfd", False, f"sandboxes boot, but cannot be resumed ({error})", fix, essential=False)
 
 
 def pagemap_scan(subject: Subject) -> Check:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TRIAL_SECONDS = 10
-SYS_USERFAULTFD = 323  # x86-64
 PAGEMAP_SCAN = 0xC0606610  # _IOWR('f', 16, struct pm_scan_arg), Linux 6.7
 PM_SCAN_ARG = struct.Struct("<12Q")
 ADJTIMEX_BYTES = 208
@@ -82,13 +81,8 @@ class Machine:
         return space.f_bavail * space.f_frsize
 
     def userfaultfd_error(self) -> str:
-        """Why page faults cannot be handled in user space; empty when they can."""
-        libc = ctypes.CDLL(None, use_errno=True)
-        descriptor = libc.syscall(SYS_USERFAULTFD, os.O_CLOEXEC | os.O_NONBLOCK)
-        if descriptor < 0:
-            return os.strerror(ctypes.get_errno())
-        os.close(descriptor)
-        return ""
+        """Why page faults, the kernel's own among them, cannot be handled in user space; empty when they can."""
+        return self.open_error("/dev/userfaultfd")
 
     def pagemap_scan_error(self) -> str:
         """Why the kernel cannot list written pages; empty when it can (an empty range is asked for)."""
