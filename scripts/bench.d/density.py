@@ -156,7 +156,7 @@ async def wake(paused: list[Subject]) -> None:
 
 async def main() -> None:
     """All of it, in order."""
-    with platform(CAPSULE_AGENT_GOLDEN_SHAPES=f"1x{MEMORY_MB}") as (data, ready):
+    with platform(CAPSULE_AGENT_GOLDEN_SHAPES=f"1x{MEMORY_MB}", CAPSULE_VCPU_OVERCOMMIT="64") as (data, ready):
         await trio.to_thread.run_sync(wait_golden, data)
         async with host_links(data) as links:
             paused = await bring_up(data, user(ready), links)

@@ -31,6 +31,8 @@ from capsule.hosts.tls import ClientContexts
 GUEST_PORT = 5000
 GOLDEN_SECONDS = 180
 CALL_SECONDS = 600
+LIGHT = ("/bin/true",)
+TMPFS = "mkdir -p /mnt/t && mount -t tmpfs -o size=90% t /mnt/t"
 structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("error"))  # only figures are printed
 
 
@@ -164,6 +166,16 @@ class Subject:
     async def destroy(self) -> None:
         """Remove it."""
         await trio.to_thread.run_sync(lambda: self.api.delete(self.path).raise_for_status())
+
+
+@asynccontextmanager
+async def populated(api: httpx.Client, links: HostLinks, *commands: str, memory_mb: int):
+    """A sandbox after these commands."""
+    subject = await Subject.create(api, links, memory_mb=memory_mb)
+    for command in commands:
+        await subject.exec("/bin/sh", "-c", command)
+    yield subject
+    await subject.destroy()
 
 
 async def post(api: httpx.Client, path: str, **body: object) -> dict:
