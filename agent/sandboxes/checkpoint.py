@@ -105,6 +105,7 @@ async def _stop_shortly(
     assert made.vm is not None  # noqa: S101 - it runs
     if made.guest is not None:
         with made.step("settle"):
+            made.settled = True
             await settle(made.guest)
     made.stopped_at = time.perf_counter()
     await made.vm.pause()

@@ -150,6 +150,8 @@ class GoldenSnapshots:
                     await freeze(self._parts, made, name, kind="golden", owner=key)
             except Exception as err:  # noqa: BLE001 - raised below, outside of the nursery's group
                 failure = err
+            finally:
+                made.unlink()
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure

@@ -33,9 +33,10 @@ GUEST_LINK = RestartPolicy(max_delay=10)
 
 
 def connect(parts: HostParts, made: Made, nursery: trio.Nursery) -> Guest:
-    """Start the link to the guest daemon in `nursery`; `Made.unlink` ends it."""
+    """Start the link to the guest daemon in `nursery`. Only `Made.unlink` ends it: whoever is cancelled while the guest
+    stands still has something to tell it first."""
     guest = made.guest = parts.connect_guest(slot_addresses(made.record.slot).host_ip)
-    scope = made.link = trio.CancelScope()
+    scope = made.link = trio.CancelScope(shield=True)
 
     async def keep() -> None:
         with scope:
@@ -112,12 +113,17 @@ async def settle(guest: Guest) -> None:
         log.warning("guest_not_settled", reason=str(err))
 
 
-async def thaw(guest: Guest) -> None:
-    """Let the guest's processes go on; harmless if they do. Best effort: it thaws by itself after a minute."""
+async def thaw(guest: Guest, *, patience: float) -> bool:
+    """Let the guest's processes go on; harmless if they do. `patience`: seconds to wait for a connection.
+
+    Best effort: False when it gave no answer. It thaws by itself after a minute.
+    """
     try:
-        with trio.move_on_after(THAW_TIMEOUT):
+        with trio.move_on_after(patience + THAW_TIMEOUT):
+            await guest.wait_connected(trio.current_time() + patience)
             await guest.call("thaw", {}, timeout=THAW_TIMEOUT)
-            return
+            return True
         log.warning("guest_not_thawed", reason="no answer")
     except Fault as err:
         log.warning("guest_not_thawed", reason=str(err))
+    return False

@@ -23,7 +23,7 @@ from agent.sandboxes.commands import Checkpoint, Destroy, Pause, Resume
 from agent.sandboxes.disks import recover_disk
 from agent.sandboxes.greeting import connect
 from agent.sandboxes.made import HOST_PATH, without_paths
-from agent.sandboxes.pausing import leave, pause, wake
+from agent.sandboxes.pausing import WAKE_PATIENCE, leave, pause, wake
 from agent.sandboxes.removal import Ending, Removal
 from agent.sandboxes.rest import Rest
 from agent.sandboxes.resuming import paging_failure, resume
@@ -91,20 +91,25 @@ class Life:
     async def _wake_up(self, begin: Start | Adopted | Resume) -> Ending | None:
         """One run of a VM. None: it rests now (or still)."""
         async with trio.open_nursery() as nursery:
-            match begin:
-                case Start():
-                    ending, runs = await self._build(begin, nursery)
-                case Adopted(vm, slot):
-                    self._adopt(vm, slot, nursery)
-                    ending, runs = None, True
-                case Resume():
-                    ending, runs = await self._resume(nursery)
-            if runs:
-                ending = await self._serve(adopted=isinstance(begin, Adopted))
-            if ending is not None:
-                self._sandbox.set_status(Status.STOPPING)
+            try:
+                ending = await self._run_vm(begin, nursery)
+                if ending is not None:
+                    self._sandbox.set_status(Status.STOPPING)
+            finally:
+                self._made.unlink()
             nursery.cancel_scope.cancel()
         return ending
+
+    async def _run_vm(self, begin: Start | Adopted | Resume, nursery: trio.Nursery) -> Ending | None:
+        match begin:
+            case Start():
+                ending, runs = await self._build(begin, nursery)
+            case Adopted(vm, slot):
+                self._adopt(vm, slot, nursery)
+                ending, runs = None, True
+            case Resume():
+                ending, runs = await self._resume(nursery)
+        return await self._serve(adopted=isinstance(begin, Adopted)) if runs else ending
 
     async def _build(self, start: Start, nursery: trio.Nursery) -> tuple[Ending | None, bool]:
         try:
@@ -122,7 +127,7 @@ class Life:
     def _adopt(self, vm: Vm, slot: Slot, nursery: trio.Nursery) -> None:
         self._made.vm, self._made.slot = vm, slot
         connect(self._parts, self._made, nursery)
-        nursery.start_soon(wake, self._made)  # an earlier agent may have been killed while it stood still
+        self._made.settled = True  # an earlier agent may have been killed while it stood still
         self._runs()
         self._sandbox.started.answer(self._sandbox.state())
 
@@ -174,14 +179,14 @@ class Life:
             nursery.start_soon(working_set.record, self._parts, self._sandbox)
             if adopted:
                 await self._sandbox.commands.unless_stopped(partial(recover_disk, self._parts, self._made))
-            await self._obey(nursery)
+            await self._obey()
             nursery.cancel_scope.cancel()
         return None if self._made.record.phase == "paused" else ending
 
-    async def _obey(self, nursery: trio.Nursery) -> None:
+    async def _obey(self) -> None:
         """Do what comes, until the VM is not needed any more."""
         while True:
-            order = await self._mailbox.receive()
+            order = await self._next()
             match order:
                 case Destroy():
                     return
@@ -193,8 +198,15 @@ class Life:
                     await self._pause(order)
             if self._made.record.phase == "paused":
                 return
-            if self._made.stopped_at:
-                nursery.start_soon(wake, self._made)
+
+    async def _next(self) -> Destroy | Pause | Resume | Checkpoint:
+        """The next command. Until it comes there is time for a guest that still stands still."""
+        async with trio.open_nursery() as nursery:
+            if self._made.stopped_at or self._made.settled:
+                nursery.start_soon(partial(wake, self._made, patience=WAKE_PATIENCE))
+            order = await self._mailbox.receive()
+            nursery.cancel_scope.cancel()
+        return order
 
     async def _pause(self, order: Pause) -> None:
         sandbox = self._sandbox
@@ -212,7 +224,7 @@ class Life:
             if order.idle and sandbox.idle.failed():
                 await tell(self._parts, self._sandbox, "pause_failed", fault.message)
             self._sandbox.commands.decide(order, fault)
-        # Decided by `_settle_down` when it has succeeded; by the end of the sandbox when it was abandoned.
+        # A success is decided by `_settle_down`, what was abandoned by the end of the sandbox.
 
     async def _checkpoint(self, order: Checkpoint) -> None:
         """Of a running sandbox: first its base is made anew, then that is copied."""

@@ -61,7 +61,8 @@ class Made:
 
     `link`: ends the guest link's task. `source`: the snapshot that its first memory is a copy of,
     `golden` if it is one of those. `stopped_at`: since
-    when its vCPUs stand (performance counter), 0 while they run. `replaced`: snapshots that its last one has replaced.
+    when its vCPUs stand (performance counter), 0 while they run. `settled`: its
+    guest's processes stand still, too, or may do so. `replaced`: snapshots that its last one has replaced.
     """
 
     record: Record
@@ -72,6 +73,7 @@ class Made:
     source: UUID | None = None
     golden: Golden | None = None
     stopped_at: float = 0.0
+    settled: bool = False
     replaced: set[str] = field(default_factory=set)
     timings_ms: dict[str, float] = field(default_factory=dict)
 

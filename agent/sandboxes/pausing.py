@@ -20,7 +20,7 @@ import trio
 from agent.actor.supervise import RestartPolicy
 from agent.sandboxes import capturing
 from agent.sandboxes.disks import freeze_disks, reconcile_disk
-from agent.sandboxes.greeting import settle, thaw
+from agent.sandboxes.greeting import THAW_TIMEOUT, settle, thaw
 from agent.sandboxes.made import as_fault, damaged, disk_is_full, drop_snapshots, milliseconds_since, release_vm, save
 from agent.sandboxes.threads import in_thread, run_stoppable
 from agent.snapshots.errors import SnapshotDamaged
@@ -42,6 +42,8 @@ log = structlog.get_logger()
 
 WAKE = RestartPolicy(first_delay=0.1, max_delay=5)
 """How often a VM that does not take its command to go on is told again."""
+WAKE_PATIENCE = 60.0
+"""Seconds to try to thaw a guest in the background; by then it has thawed by itself."""
 RUN_ON_TIMEOUT = 10.0
 """Seconds that bringing a VM back may hold up whoever gave its pause up; it goes on in the background."""
 MAX_LAYERS = 12
@@ -85,6 +87,7 @@ async def freeze(
     assert vm is not None  # noqa: S101 - it runs
     if made.guest is not None:
         with made.step("settle"):
+            made.settled = True
             await settle(made.guest)
     with made.step("stop"):
         made.stopped_at = time.perf_counter()
@@ -144,7 +147,7 @@ async def run_on(parts: HostParts, made: Made, *, unwanted: UUID) -> None:
 
     Also when we are cancelled, so shielded: a guest must not stand still until the next agent comes.
     """
-    await wake(made)
+    await wake(made, patience=0)
     try:
         if await trio.to_thread.run_sync(parts.state.read, made.record.sandbox_id) != made.record:
             log.error("record_is_another")  # it may name what we were about to remove
@@ -155,8 +158,11 @@ async def run_on(parts: HostParts, made: Made, *, unwanted: UUID) -> None:
     await drop_snapshots(parts, {str(unwanted)})
 
 
-async def wake(made: Made) -> None:
-    """Have vCPUs and processes of the guest go on, however often the VM must be told. Harmless if they do."""
+async def wake(made: Made, *, patience: float = THAW_TIMEOUT) -> None:
+    """Have vCPUs and processes of the guest go on, however often the VM must be told. Harmless if they do.
+
+    Never beside a pause or a checkpoint. `patience`: seconds to wait for a connection to the guest.
+    """
     vm = made.vm
     for attempt in itertools.count(1):
         if vm is None:
@@ -173,8 +179,8 @@ async def wake(made: Made) -> None:
     if made.stopped_at:
         made.timings_ms["stopped_ms"] = milliseconds_since(made.stopped_at)
         made.stopped_at = 0.0
-    if made.guest is not None:
-        await thaw(made.guest)
+    if made.guest is not None and made.settled:
+        made.settled = not await thaw(made.guest, patience=patience)
 
 
 async def leave(parts: HostParts, made: Made, *, hurry: trio.Event) -> None:
@@ -195,6 +201,7 @@ async def leave(parts: HostParts, made: Made, *, hurry: trio.Event) -> None:
     if made.stopped_at:
         made.timings_ms["stopped_ms"] = milliseconds_since(made.stopped_at)
         made.stopped_at = 0.0
+    made.settled = False
     await drop_snapshots(parts, made.replaced - made.record.snapshots())
     made.replaced = set()
 

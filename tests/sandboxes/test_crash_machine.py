@@ -1,15 +1,18 @@
-"""Any order of creates, destroys, deaths, kills and restarts, against a model of what must be true.
+"""Any order of creates, pauses, resumes, snapshots, forks, destroys, deaths, kills and restarts, against a model.
 
 Hypothesis calls rules from its own thread; the host and its agents live in a Trio run in another one.
 """
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import UUID
 
 import pytest
 import trio
@@ -19,11 +22,22 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from sandbox_world import Crash, Host, request, sandbox_id, without_threads
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from agent.sandboxes import checkpoint, compaction, pausing, resuming
 from agent.sandboxes import purge as purging
+from agent.snapshots import drafts
 from agent.wire.faults import Fault
 
 NAMES = [sandbox_id(number) for number in range(1, 5)]
+SNAPSHOTS = [sandbox_id(number) for number in range(100, 106)]
+ORDERS = st.tuples(
+    st.sampled_from(["pause", "pause", "resume", "resume", "snapshot", "fork"]),
+    st.sampled_from(NAMES),
+    st.sampled_from(SNAPSHOTS),
+    st.booleans(),
+)
+NUMBERS = random.Random(0)
 SECONDS_PER_RULE = 20
+EXPECTED = {"invalid_state", "invalid_argument", "not_found", "unavailable", "no_capacity", "busy", "draining"}
 
 
 class Loop:
@@ -57,18 +71,22 @@ class Loop:
 
 
 class Machine(RuleBasedStateMachine):
-    """Names wanted by somebody, seen running, dead, destroyed; and one host below."""
+    """Names wanted by somebody, seen alive (running or paused), dead, destroyed; snapshots that were promised, or
+    removed; and one host below."""
 
     patch: pytest.MonkeyPatch
 
     def __init__(self):
         super().__init__()
+        trio._core._run._r.seed(0)  # the same history again is the same order of tasks, and the same names
+        NUMBERS.seed(0)
         self.root = Path(tempfile.mkdtemp(prefix="capsule-machine-"))
         self.loop = Loop()
         self.host = Host(self.root / "host", self.patch, slots=len(NAMES) + 1)
         self.agent = None
         self.creating, self.running, self.destroying, self.gone = set(), set(), set(), set()
         self.deaths = set()
+        self.promised, self.unwanted = set(), set()
 
     def teardown(self):
         self.loop.call(self._stop_agent)
@@ -80,9 +98,11 @@ class Machine(RuleBasedStateMachine):
     @initialize()
     def begin(self):
         self.restart(0)
+        for name in NAMES[:3]:
+            self.create(name, boots=True)
 
     @precondition(lambda self: self.agent is not None)
-    @rule(name=st.sampled_from(NAMES), boots=st.sampled_from([True, True, False]))
+    @rule(name=st.sampled_from(NAMES), boots=st.sampled_from([True] * 5 + [False]))
     def create(self, name, boots):
         """`boots` False: its guest does not answer until `guests_come_up`."""
         self.host.guest_options = {"boots": boots}
@@ -93,6 +113,41 @@ class Machine(RuleBasedStateMachine):
     def destroy(self, name):
         self.destroying.add(name)
         self.loop.call(self._destroy, name)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule(orders=st.lists(ORDERS, min_size=3, max_size=10))
+    def ask(self, orders):
+        """Several things, one after the other or at once."""
+        self.host.guest_options = {}
+        for what, name, snapshot, wait in orders:
+            if self.agent is None:
+                return
+            self.loop.call(self._ask, partial(self._do, what, name, snapshot), wait)
+        self.loop.call(self._settle)
+
+    async def _do(self, what, name, snapshot, agent):
+        match what:
+            case "pause":
+                await agent.pause(name)
+            case "resume":
+                await agent.resume(name)
+            case "fork":
+                sandbox = await agent.manager.create(request(name, snapshot_id=snapshot))
+                self.creating.add(name)
+                if name not in self.running:
+                    self.destroying.discard(name)
+                await sandbox.started.wait()
+            case "snapshot":
+                await agent.snapshot(snapshot, name)
+                if snapshot not in self.unwanted:
+                    self.promised.add(snapshot)
+
+    @precondition(lambda self: self.agent is not None)
+    @rule(snapshot=st.sampled_from(SNAPSHOTS))
+    def remove_snapshot(self, snapshot):
+        self.unwanted.add(snapshot)
+        self.promised.discard(snapshot)
+        self.loop.call(self._ask, lambda agent: agent.manager.named.remove(snapshot), True)
 
     @precondition(lambda self: self.host.running())
     @rule(data=st.data())
@@ -111,7 +166,7 @@ class Machine(RuleBasedStateMachine):
         self.loop.call(self._wait, seconds)
 
     @precondition(lambda self: self.agent is not None)
-    @rule(steps=st.integers(1, 25))
+    @rule(steps=st.integers(1, 100))
     def plan_a_kill(self, steps):
         """kill -9 in the middle of what comes next."""
         self.host.crash_at = len(self.host.steps) + steps
@@ -127,7 +182,7 @@ class Machine(RuleBasedStateMachine):
         self.loop.call(self._stop_agent)
 
     @precondition(lambda self: self.agent is None)
-    @rule(crash_at=st.integers(0, 12))
+    @rule(crash_at=st.sampled_from([0, 0, 0, 3, 9, 27]))
     def restart(self, crash_at):
         self.host.crash_at = crash_at or None
         self.loop.call(self._restart)
@@ -148,6 +203,7 @@ class Machine(RuleBasedStateMachine):
         assert not self.host.slots._slots
         self.creating.clear()
         self.running.clear()
+        self.promised.clear()
 
     # what must be true
 
@@ -156,16 +212,19 @@ class Machine(RuleBasedStateMachine):
         if self.agent is None:
             return
         statuses = self.agent.statuses()
-        busy = {name for name, status in statuses.items() if status != "running"}
-        assert busy <= self.creating, "nothing but a start takes time here"
-        assert self.host.running() - busy == statuses.keys() - busy
+        busy = {name for name, status in statuses.items() if status not in {"running", "paused"}}
+        paused = {name for name, status in statuses.items() if status == "paused"}
+        assert self.host.running() - busy == statuses.keys() - busy - paused
         assert self.host.directories() - busy == statuses.keys() - busy
         told = {name for name, _ in self.agent.told()}  # a purge tells of those that it finds dead, too
         assert self.deaths <= told, "a death is told until it is acknowledged"
 
     @invariant()
     def nothing_that_was_promised_is_lost(self):
-        assert self.running - self.destroying <= self.host.running()
+        assert self.running - self.destroying <= self._alive()
+        assert self.promised <= self._named()
+        if self.agent is not None:
+            assert set(self.agent.manager.named.ids()) == self._named()
         if self.agent is not None:
             assert not self.gone & self.host.directories()
             assert not self.gone & self.agent.statuses().keys()
@@ -177,6 +236,23 @@ class Machine(RuleBasedStateMachine):
             assert figures.in_use == len([one for one in self.agent.manager.listing().sandboxes if one.host_ip])
             assert len(self.host.slots._slots) == figures.in_use + figures.ready
 
+    @invariant()
+    def nobody_stands_still(self):
+        """What runs, as the agent says, does; also after a pause that failed, or was given up half-way."""
+        if self.agent is not None:
+            running = {name for name, status in self.agent.statuses().items() if status == "running"}
+            assert not any(self.host.vms.machine(name).paused for name in running & self.host.running())
+
+    def _alive(self):
+        """VMs that run, and sandboxes that rest."""
+        known = self.host.state.load()
+        return self.host.running() | {name for name, one in known.items() if one and one.phase == "paused"}
+
+    def _named(self):
+        if not self.host.state.snapshots.exists():
+            return set()
+        return {str(one.id) for one in self.host.store().list() if one.manifest.kind == "named"}
+
     # inside the loop
 
     async def _settle(self):
@@ -184,8 +260,23 @@ class Machine(RuleBasedStateMachine):
         if self.agent is not None and self.agent.killed:
             self.agent = None
         if self.agent is not None:
-            self.running |= {name for name, status in self.agent.statuses().items() if status == "running"}
-        self.running &= self.host.running() | self.destroying
+            self.running |= {n for n, status in self.agent.statuses().items() if status in {"running", "paused"}}
+        self.host.pager.forget_dead()
+        self.running &= self._alive() | self.destroying
+
+    async def _ask(self, ask, settle):
+        """Somebody asks. `settle`: until it is decided, or cannot be now."""
+        agent = self.agent
+
+        async def wait():
+            try:
+                await ask(agent)
+            except Fault as fault:
+                assert fault.code in EXPECTED, fault  # noqa: PT017
+
+        agent.nursery.start_soon(wait)
+        if settle:
+            await self._settle()
 
     async def _create(self, name):
         try:
@@ -210,7 +301,8 @@ class Machine(RuleBasedStateMachine):
         await self._settle()
 
     async def _die(self, name):
-        if name in self.running:
+        record = self.host.state.load().get(name)
+        if name in self.running and record is not None and record.phase == "running":  # else it is to rest, or rests
             self.running.discard(name)
             self.deaths.add(name)
             self.deaths -= self.destroying
@@ -254,6 +346,7 @@ class Machine(RuleBasedStateMachine):
             self.agent = None
 
         self.creating.clear()
+        self.unwanted.clear()
         self.gone.clear()  # ended ids are remembered by one agent only: the monitor ends what a late create brings back
         self.loop.nursery.start_soon(live)
         await self._settle()
@@ -276,10 +369,13 @@ class Machine(RuleBasedStateMachine):
 def test_any_history(monkeypatch):
     """See the module."""
     without_threads(monkeypatch)
+    monkeypatch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+    for module in (pausing, resuming, checkpoint, compaction, drafts):
+        monkeypatch.setattr(module, "uuid4", lambda: UUID(int=NUMBERS.getrandbits(128), version=4))
     monkeypatch.setattr(purging, "remove_host_network", lambda _: None)
     Machine.patch = SimpleNamespace(setattr=monkeypatch.setattr)
     Machine.TestCase.settings = settings(
-        max_examples=120,
+        max_examples=200,
         stateful_step_count=40,
         deadline=None,
         derandomize=True,

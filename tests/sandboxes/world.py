@@ -34,6 +34,7 @@ from agent.sandboxes.records import StateDirectory
 from agent.snapshots import files as snapshot_files
 from agent.snapshots.dirty import ContentDirty
 from agent.snapshots.memory import MemoryReader
+from agent.snapshots.memory_file import data_within
 from agent.snapshots.store import SnapshotStore
 from agent.storage.fake import FakeContent, FakeOverlays
 from agent.vmm.fake import FakeVmDriver
@@ -63,6 +64,7 @@ class Host:
         self.overlays = Overlays(self)
         self.pager = Pager(self)
         self.frozen_guests = set()
+        self.resets = {}
         self.slot_count = slots
         self.slots_ahead = 1
         self.guests = {}
@@ -223,7 +225,7 @@ class Agent:
             connect_guest=host.connect_guest,
             snapshots=SnapshotStore(host.state.snapshots),
             pager=host.pager,
-            tracking=lambda _: ContentDirty,
+            tracking=lambda _: partial(TrackedDirty, host),
             **{"guest_timeout": 60.0, **options},
         )
         self.golden = golden and golden(self.parts)
@@ -378,6 +380,7 @@ class GuestOfHost(FakeGuest):
                 self._host.step(f"guest_{method}")
             except Crash:  # the agent's, not the guest's
                 self._host.life.kill()
+                self.hang_up()
                 await trio.sleep_forever()
         reply = await super().answer(method, body, stream)
         if self.frozen:
@@ -385,6 +388,34 @@ class GuestOfHost(FakeGuest):
         else:
             self._host.frozen_guests.discard(self._name)
         return reply
+
+
+class TrackedDirty(ContentDirty):
+    """As the kernel does it: after a reset only what was written since, whatever became of the parent meanwhile."""
+
+    def __init__(self, host, memory, descent):
+        super().__init__(memory, descent)
+        self._host = host
+        self._whole = memory
+
+    def ranges(self):
+        before = self._host.resets.get(self._whole.pid)
+        if before is None:
+            return super().ranges()
+        pages = self._pages()
+        changed = sorted(offset for offset in pages.keys() | before.keys() if pages.get(offset) != before.get(offset))
+        return [(offset, 4096) for offset in changed]
+
+    def reset(self):
+        self._host.step("tracking_reset")
+        self._host.resets[self._whole.pid] = self._pages()
+
+    def _pages(self):
+        found = {}
+        for begin, length in data_within(self._whole.fd, [(0, self._whole.size)]):
+            for offset in range(begin, begin + length, 4096):
+                found[offset] = os.pread(self._whole.fd, 4096, offset)
+        return found
 
 
 def _is_at(machine, address):
