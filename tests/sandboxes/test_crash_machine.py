@@ -375,7 +375,7 @@ def test_any_history(monkeypatch):
     monkeypatch.setattr(purging, "remove_host_network", lambda _: None)
     Machine.patch = SimpleNamespace(setattr=monkeypatch.setattr)
     Machine.TestCase.settings = settings(
-        max_examples=200,
+        max_examples=100,
         stateful_step_count=40,
         deadline=None,
         derandomize=True,
