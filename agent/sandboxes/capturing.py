@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from uuid import UUID
 
 from agent.snapshots.capture import capture, grab
@@ -14,6 +15,7 @@ from agent.snapshots.memory import MemoryReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
 
     from agent.sandboxes.parts import HostParts
     from agent.sandboxes.records import Record
@@ -23,9 +25,21 @@ if TYPE_CHECKING:
 
 Range = tuple[int, int]
 
+GRABBED_IN_MEMORY = 256 << 20
+"""Bytes of dirty pages that are copied to memory while the vCPUs stand; more than that go to the disk, which takes
+several times as long for scattered pages."""
+
 
 class CaptureStopped(Exception):  # noqa: N818 - says what happened
     """Nobody wants the snapshot any more."""
+
+
+@dataclass(frozen=True)
+class Grabbed:
+    """A copy of parts of a memory, at the same offsets in `file`; whoever has it closes the file."""
+
+    file: IO[bytes]
+    ranges: list[Range]
 
 
 @dataclass
@@ -40,16 +54,24 @@ class Source:
         """Write what differs from the parent into `draft`; the vCPUs stand."""
         self._write(draft, self.memory.fd, self.dirty.ranges(), should_stop)
 
-    def grab(self, into: int) -> list[Range]:
-        """Copy what may differ from the parent to the file `into`, and count anew from here; the vCPUs stand."""
-        ranges = self.dirty.ranges()
-        grab(self.memory, ranges, into)
-        self.dirty.reset()
-        return ranges
+    def grab(self, directory: Path) -> Grabbed:
+        """Copy what may differ from the parent, and count anew from here; the vCPUs stand. `directory`: for a copy
+        that is too large for the memory."""
+        ranges = self.dirty.take()
+        if sum(length for _, length in ranges) <= GRABBED_IN_MEMORY:
+            file = os.fdopen(os.memfd_create("capsule-grabbed"), "w+b")
+        else:
+            file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - the caller's to close
+        try:
+            grab(self.memory, ranges, file.fileno())
+        except BaseException:
+            file.close()
+            raise
+        return Grabbed(file, ranges)
 
-    def capture_grabbed(self, draft: Draft, grabbed: int, ranges: list[Range], should_stop: Callable[[], bool]) -> None:
+    def capture_grabbed(self, draft: Draft, grabbed: Grabbed, should_stop: Callable[[], bool]) -> None:
         """Write what `grab` copied into `draft`; the VM may run."""
-        self._write(draft, grabbed, ranges, should_stop)
+        self._write(draft, grabbed.file.fileno(), grabbed.ranges, should_stop)
 
     def _write(self, draft: Draft, source: int, ranges: list[Range], should_stop: Callable[[], bool]) -> None:
         compared = None if self.dirty.exact else self.parent
@@ -69,7 +91,10 @@ class Source:
 
 @contextmanager
 def open_source(parts: HostParts, vm: Vm, record: Record) -> Iterator[Source]:
-    """The memory of a VM and its parent. Raises VmmError and SnapshotDamaged (the parent's)."""
+    """The memory of a VM and its parent; `record` as it was before anything of this snapshot was noted in it.
+
+    Raises VmmError and SnapshotDamaged (the parent's).
+    """
     memory = vm.memory()
     parent: MemoryReader | None = None
     try:

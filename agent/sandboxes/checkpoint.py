@@ -7,11 +7,10 @@ count dirty pages?). The commit point is the record that names the new base.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import structlog
@@ -27,6 +26,7 @@ from agent.sandboxes.threads import in_thread, run_stoppable
 if TYPE_CHECKING:
     from agent.sandboxes.made import Made
     from agent.sandboxes.parts import HostParts
+    from agent.sandboxes.records import Record
     from agent.snapshots.drafts import Draft
 
 log = structlog.get_logger()
@@ -45,7 +45,7 @@ async def checkpoint(parts: HostParts, made: Made) -> None:
         await reconcile_disk(parts, made)
         before = made.record
         await save(parts, made, next_disk=before.disk_after(), untracked=True)
-        figures = await _take(parts, made, name)
+        figures = await _take(parts, made, name, before)
         with made.step("commit"):
             current = made.record.next_disk
             changes = {"base": str(name), "disk": current, "frozen": (), "next_disk": "", "untracked": False}
@@ -63,8 +63,11 @@ async def checkpoint(parts: HostParts, made: Made) -> None:
     await remove_disks(parts, made, (*before.frozen, before.disk))
 
 
-async def _take(parts: HostParts, made: Made, name: UUID) -> dict[str, object]:
-    """Publish the snapshot and return what the record says of it; the VM runs again by then."""
+async def _take(parts: HostParts, made: Made, name: UUID, before: Record) -> dict[str, object]:
+    """Publish the snapshot and return what the record says of it; the VM runs again by then.
+
+    `before`: the record without this checkpoint's notes. What the kernel counts is good until `grab` resets it.
+    """
     record, vm = made.record, made.vm
     assert vm is not None  # noqa: S101 - it runs
     directory = parts.state.directory(record.sandbox_id)
@@ -72,13 +75,11 @@ async def _take(parts: HostParts, made: Made, name: UUID) -> dict[str, object]:
         await _make_overlay(parts, made)
     async with (
         in_thread(lambda: parts.snapshots.draft(name)) as draft,
-        in_thread(lambda: capturing.open_source(parts, vm, record)) as source,
-        in_thread(lambda: tempfile.TemporaryFile(dir=directory)) as grabbed,
+        in_thread(lambda: capturing.open_source(parts, vm, before)) as source,
     ):
-        overlay = directory / record.next_disk
-        ranges = await _stop_shortly(made, overlay, draft, source, grabbed)
-        with made.step("memory"):
-            work = partial(source.capture_grabbed, draft, grabbed.fileno(), ranges)
+        grabbed = await _stop_shortly(made, directory / record.next_disk, draft, source)
+        with grabbed.file, made.step("memory"):
+            work = partial(source.capture_grabbed, draft, grabbed)
             await run_stoppable(work, stopped=capturing.CaptureStopped)
         with made.step("disk"):
             layers = await freeze_disks(parts, record, draft, (*record.frozen, record.disk))
@@ -98,10 +99,8 @@ async def _make_overlay(parts: HostParts, made: Made) -> None:
     await parts.overlays.create(Path(record.rootfs), target, record.disk_mb, layers=layers)
 
 
-async def _stop_shortly(
-    made: Made, overlay: Path, draft: Draft, source: capturing.Source, grabbed: IO[bytes]
-) -> list[capturing.Range]:
-    """Take what can only be taken while the vCPUs stand; returns what of the memory `grabbed` has."""
+async def _stop_shortly(made: Made, overlay: Path, draft: Draft, source: capturing.Source) -> capturing.Grabbed:
+    """Take what can only be taken while the vCPUs stand; returns the copy of the memory, to be closed."""
     assert made.vm is not None  # noqa: S101 - it runs
     if made.guest is not None:
         with made.step("settle"):
@@ -114,6 +113,10 @@ async def _stop_shortly(
     with made.step("state"):
         await made.vm.save_state(draft.state_path, sync=False)  # publish does that
     with made.step("grab"):
-        ranges = await trio.to_thread.run_sync(source.grab, grabbed.fileno())
-    await wake(made)
-    return ranges
+        grabbed = await trio.to_thread.run_sync(source.grab, overlay.parent)
+    try:
+        await wake(made)
+    except BaseException:
+        grabbed.file.close()
+        raise
+    return grabbed
