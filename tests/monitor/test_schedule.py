@@ -18,7 +18,7 @@ from capsule.model import CreateSnapshot
 
 STORMS = int(os.environ.get("CAPSULE_TEST_STORMS", "4"))
 """Each is a seed; hundreds of them are a night's work."""
-ACTIONS = 60
+ACTIONS = 90
 METHODS = [
     "sandbox.create",
     "sandbox.destroy",
