@@ -25,7 +25,7 @@ from capsule.db.queries import audit, sandboxes, templates
 from capsule.hosts.answers import parse_answer
 from capsule.monitor.copies import CopyKeeper
 from capsule.monitor.news import News
-from capsule.monitor.reconcile import Change, DestroyAgain, plan, settled, strangers
+from capsule.monitor.reconcile import Change, DestroyAgain, only_copy, plan, settled, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -47,7 +47,7 @@ CALL_TIMEOUT = 10.0
 STRANGER_GRACE = 30.0
 """How long a VM without a row may stay: a row may be committed after the host was told, never long after."""
 RESTING_GRACE = 900.0
-"""The same for one that rests: it costs nothing but disk, and nothing of it is anywhere else."""
+"""The same for one that rests and never was anybody's: it costs nothing but disk."""
 MAX_AT_ONCE = 200
 """Strangers, outbox entries and endings looked after in one round: a host that invents some costs no more than that."""
 AFTER_A_BUG = RestartPolicy(first_delay=1.0, max_delay=60.0)
@@ -62,6 +62,7 @@ class HostFollower:
         self._db = db
         self._links = links
         self._strangers: dict[UUID, float] = {}
+        self._kept: set[UUID] = set()
         self._ending: set[UUID] = set()
         self._copies = CopyKeeper(host, db, links)
 
@@ -154,19 +155,29 @@ class HostFollower:
 
     async def _end_strangers(self, found: set[UUID], resting: set[UUID], endings: trio.Nursery) -> None:
         """End sandboxes that no row needs: at once when the row has ended, after a grace when there is none. What rests
-        is the only copy of something: without the word of a user it has a long one."""
+        is the only copy of something: it stays, unless a user ended it or it never was anybody's."""
         now = trio.current_time()
-        known = {one: since for one, since in self._strangers.items() if one in found}
-        self._strangers = known | dict.fromkeys(sorted(found - known.keys())[: MAX_AT_ONCE - len(known)], now)
+        self._kept &= found & resting
+        first = sorted(found, key=lambda one: (one in resting, one in self._kept, one not in self._strangers, one))
+        self._strangers = {one: self._strangers.get(one, now) for one in first[:MAX_AT_ONCE]}
         rows = await self._db.run(_rows_of, self._strangers.keys()) if self._strangers else {}
         for sandbox, since in self._strangers.items():
             row = rows.get(sandbox)
             if row is not None and row.status not in FINAL and row.host_id == self._host:
                 continue  # committed after the rows were read
+            if sandbox in resting and only_copy(row):
+                self._keep(sandbox, row)
+                continue
             grace = RESTING_GRACE if sandbox in resting else STRANGER_GRACE
             meant = row is not None and (row.status == Status.STOPPED or sandbox not in resting)
             if meant or now - since >= grace:
                 self._end(sandbox, "its row has ended" if row else "it has no row", endings)
+
+    def _keep(self, sandbox: UUID, row: SandboxRow | None) -> None:
+        """Said once; only people can tell what it is for."""
+        if sandbox not in self._kept:
+            self._kept.add(sandbox)
+            log.warning("stray_rest_kept", sandbox_id=str(sandbox), status=None if row is None else row.status)
 
     def _end(self, sandbox: UUID, why: str, endings: trio.Nursery) -> None:
         """Beside everything else: one that does not end must not hold up the rows of the others."""
@@ -223,7 +234,8 @@ async def _change(tx: Connection, step: Change) -> None:
 
 async def _record(tx: Connection, step: Change) -> None:
     row = step.row
-    if step.to_status == Status.PAUSED and row.status != Status.RESUMING:
+    rested = row.status == Status.RESUMING or (row.status == Status.MISSING and row.host_ip is None)
+    if step.to_status == Status.PAUSED and not rested:
         reason = {"reason": step.reason or ""}
         await audit.append_system(tx, row.team_id, row.id, action="pause", status="info", metadata=reason)
     elif step.to_status == Status.RUNNING and row.status in {Status.PAUSED, Status.RESUMING}:

@@ -6,7 +6,7 @@ Every step is a compare-and-set on the row as it was read, so a row that somebod
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -70,6 +70,8 @@ ENDED_BY_ENTRY = frozenset(
 PAUSED_BY_ENTRY = frozenset({Status.STARTING, Status.RUNNING, Status.MISSING})
 """Rows that learn from an entry why they rest; the others have been told, or are being told by whoever works on
 them."""
+REST_LOST_AFTER = timedelta(hours=24)
+"""How long what rested may be absent before its row is given up: a record that cannot be read for a while is no end."""
 
 
 def plan(rows: Iterable[SandboxRow], listing: HostListing, now: datetime) -> list[Step]:
@@ -98,6 +100,15 @@ def strangers(rows: Iterable[SandboxRow], listing: HostListing) -> set[UUID]:
     return there - {row.id for row in rows}
 
 
+def only_copy(row: SandboxRow | None) -> bool:
+    """Whether what rests on a host must stay there, `row` being all that is known of it: unless a user ended it, or it
+    never was anybody's, nothing of it is anywhere else."""
+    if row is None:
+        return True
+    over = row.status in {Status.STOPPING, Status.STOPPED} or (row.status == Status.ERROR and row.started_at is None)
+    return not over
+
+
 def settled(entry: OutboxEntry, row: SandboxRow | None, host: UUID, *, rests: bool) -> bool:
     """Whether what `host`'s outbox tells of this row is safe in it, or of no use to it; `row` as it is by now, `rests`
     as the listing that came with the entry says."""
@@ -121,7 +132,7 @@ def _step(row: SandboxRow, facts: Facts, now: datetime) -> Step | None:
         case Status.PAUSING | Status.RESUMING if not overdue:
             return None  # somebody is at work
         case status if facts.absent and status in ENDED_BY_ENTRY:
-            return Change(row, Status.ERROR, reason="its host no longer has it")
+            return _absent(row, facts, now)
         case Status.PAUSING | Status.RESUMING | Status.MISSING | Status.RUNNING if facts.rests:
             return _at_rest(row, facts)
         case Status.PAUSED if facts.runs:
@@ -145,6 +156,25 @@ def _starting(row: SandboxRow, facts: Facts, *, overdue: bool) -> Step | None:
     return Change(row, Status.ERROR, reason="it was not started in time") if overdue and facts.absent else None
 
 
+def _absent(row: SandboxRow, facts: Facts, now: datetime) -> Step | None:
+    """What ran is lost. What rests, or may rest, is `missing` until it is listed again: only a long time is an end."""
+    match row.status:
+        case Status.RUNNING | Status.MISSING if facts.paused is not None and not _rested(row):
+            return _at_rest(row, facts)  # so it was told; the next look sees that it is not there
+        case Status.PAUSED | Status.RESUMING | Status.PAUSING:
+            via = Status.PAUSED if row.status == Status.PAUSING else None  # without its address, as all that rest
+            return Change(row, Status.MISSING, reason="its host does not find its snapshot", via=via)
+        case Status.MISSING if _rested(row) and now - row.last_updated < REST_LOST_AFTER:
+            return None
+        case _:
+            return Change(row, Status.ERROR, reason="its host no longer has it")
+
+
+def _rested(row: SandboxRow) -> bool:
+    """Whether a row that is `missing` was at rest, as far as it can be told: what ran has an address."""
+    return row.status == Status.MISSING and row.host_ip is None
+
+
 def _running(row: SandboxRow, facts: Facts, *, via: Status | None = None) -> Change:
     host_ip = None if facts.vm is None else storable_address(facts.vm.host_ip)
     reason = "it could not be paused in time" if row.status == Status.PAUSING else None
@@ -156,4 +186,5 @@ def _at_rest(row: SandboxRow, facts: Facts) -> Change:
         return Change(row, Status.PAUSED, reason="it was not resumed in time")
     told = storable_text(facts.paused.reason) if facts.paused is not None else ""
     via = Status.PAUSING if row.status == Status.RUNNING else None
-    return Change(row, Status.PAUSED, reason=told or "its host paused it", via=via)
+    untold = "its host has its snapshot again" if _rested(row) else "its host paused it"
+    return Change(row, Status.PAUSED, reason=told or untold, via=via)

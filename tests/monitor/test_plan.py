@@ -15,7 +15,7 @@ from agent.wire.calls import HostListing, OutboxEntry, SandboxState
 from agent.wire.lifecycle import FINAL, TRANSITIONAL, TRANSITIONS, Status
 from capsule.db.queries import sandboxes
 from capsule.db.queries.sandboxes import SandboxRow
-from capsule.monitor.reconcile import Change, DestroyAgain, plan, settled, strangers
+from capsule.monitor.reconcile import Change, DestroyAgain, only_copy, plan, settled, strangers
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 HOST = UUID(int=1)
@@ -40,7 +40,7 @@ def row(status, *, overdue=False, **fields):
             "timeout_sec": 0,
             "status": str(status),
             "generation": 3,
-            "host_ip": None,
+            "host_ip": None if status in {Status.PAUSED, Status.RESUMING} else "10.11.0.1",
             "metadata": {},
             "reason": None,
             "created_at": NOW,
@@ -92,6 +92,7 @@ def carry_out(steps, rows, listing):
                             status=str(status),
                             generation=after[one.id].generation + 1,
                             transition_deadline=None,
+                            host_ip=None if status == Status.PAUSED else after[one.id].host_ip,
                         )
             case DestroyAgain(row=one):
                 gone.add(str(one.id))
@@ -145,8 +146,10 @@ def expected(status, seen, told, overdue):  # noqa: C901 - the table, as a reade
             return "error" if overdue else None
         case (("pausing" | "resuming"), _) if not overdue:
             return None
-        case (("running" | "missing" | "pausing" | "resuming" | "paused"), None):
-            return "error"
+        case (("running" | "missing"), None):
+            return "paused" if told == "auto_paused" else "error"
+        case (("pausing" | "resuming" | "paused"), None):
+            return "missing"
         case (("running" | "missing" | "pausing" | "resuming"), "paused"):
             return "paused"
         case (("missing" | "pausing" | "resuming" | "paused"), "running"):
@@ -169,7 +172,9 @@ def test_what_is_decided():
             continue
         assert (step.row, step.to_status) == (one, want), (one.status, seen, told, overdue)
         assert (step.host_ip == "10.11.0.1") == (want == "running" and seen == "running")
-        assert bool(step.reason) == (want in {"error", "paused"} or (want == "running" and one.status == "pausing"))
+        assert bool(step.reason) == (
+            want in {"error", "paused", "missing"} or (want == "running" and one.status == "pausing")
+        )
 
 
 def test_a_pause_has_the_reason_that_the_host_told():
@@ -188,6 +193,24 @@ def test_a_pause_has_the_reason_that_the_host_told():
     assert second.reason == "it was not resumed in time"
     (untold,) = plan([running], HostListing(paused=paused), NOW)
     assert untold.reason == "its host paused it"
+
+
+def test_what_rested_is_not_lost_by_being_absent_for_a_while():
+    """`missing` until it is listed again, which says so; `error` after a day."""
+    rested = row(Status.MISSING, host_ip=None)
+    assert plan([rested], HostListing(), NOW + timedelta(hours=23)) == []
+    (back,) = plan([rested], HostListing(paused=[str(rested.id)]), NOW + timedelta(hours=23))
+    assert (back.to_status, back.reason) == (Status.PAUSED, "its host has its snapshot again")
+    (lost,) = plan([rested], HostListing(), NOW + timedelta(hours=25))
+    assert lost.to_status == Status.ERROR
+
+
+def test_only_what_a_user_ended_may_go():
+    """What rests stays for a row that failed once it had run, and for none."""
+    assert only_copy(None)
+    for status in Status:
+        assert only_copy(row(status, started_at=NOW)) == (status not in {Status.STOPPING, Status.STOPPED})
+    assert not only_copy(row(Status.ERROR))
 
 
 def test_final_rows_stay_as_they_are():

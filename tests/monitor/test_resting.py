@@ -127,7 +127,7 @@ async def test_rows_that_nobody_finishes(virtual_clock, world, agent, follow, st
     await follow()
     await trio.sleep(15)
     assert (await world.row(row.id)).status == on_its_way
-    wanted = "error" if host_has == "nothing" else host_has
+    wanted = "missing" if host_has == "nothing" else host_has
     after = await status(row.id, wanted, 2 * INTERVAL)
     assert (after.reason is None) == ((on_its_way, host_has) == ("resuming", "running"))
     assert len(await trail(world)) == ((on_its_way, host_has) in {("pausing", "paused"), ("resuming", "running")})
@@ -145,15 +145,39 @@ async def test_a_death_on_the_way(virtual_clock, world, agent, follow, status, o
 
 async def test_what_rests_and_what_does_not(virtual_clock, world, agent, follow, status):
     """Absent from the live list, a paused row stays; one that the host runs is made to run; one that it does not have
-    is `error`."""
+    is `missing`, until it has it again: of which the trail says nothing."""
     rests, runs, gone = [await world.insert(agent, "paused") for _ in range(3)]
     agent.add_paused(rests.id)
     agent.add_vm(runs.id)
     await follow()
     assert (await status(runs.id, "running", 1)).host_ip == "10.11.0.1"
-    assert (await status(gone.id, "error", 1)).reason == "its host no longer has it"
-    await trio.sleep(3 * INTERVAL)
+    assert (await status(gone.id, "missing", 1)).reason == "its host does not find its snapshot"
+    await trio.sleep(RESTING_GRACE + 3 * INTERVAL)
     assert await world.row(rests.id) == rests
+    assert (await world.row(gone.id)).status == "missing"
+    agent.add_paused(gone.id)
+    assert (await status(gone.id, "paused", 1)).reason == "its host has its snapshot again"
+    await trio.sleep(RESTING_GRACE)
+    assert set(agent.paused) == {str(rests.id), str(gone.id)}
+    assert [action for action, *_ in await trail(world)] == ["resume"]
+
+
+async def test_told_that_it_rests_and_not_found(virtual_clock, world, agent, follow, status):
+    """The entry is believed before the absence: `missing`, as for all that rest, also after a time away."""
+    running, away = await world.insert(agent, "running"), await world.insert(agent, "missing")
+    for row in (running, away):
+        agent.add_vm(row.id)
+        assert await agent.auto_pause(row.id)
+    kept = dict(agent.paused)
+    agent.paused.clear()
+    await follow()
+    for row in (running, away):
+        assert (await status(row.id, "missing", 2 * INTERVAL)).host_ip is None
+    await trio.sleep(2 * INTERVAL)
+    agent.paused.update(kept)
+    agent.changed()
+    for row in (running, away):
+        await status(row.id, "paused", 1)
 
 
 async def test_paused_while_its_host_was_away(virtual_clock, world, agent, follow, status):
@@ -209,17 +233,33 @@ async def test_one_paused_or_resumed_while_we_look(virtual_clock, world, agent, 
 
 
 async def test_strangers_at_rest(virtual_clock, world, agent, follow):
-    """One whose row was stopped goes at once; one without a row, or whose row failed, has a long grace: nothing of it
-    is anywhere else."""
-    stopped, failed = await world.insert(agent, "stopped"), await world.insert(agent, "error")
-    unknown = uuid4()
-    for one in (stopped.id, failed.id, unknown):
+    """One whose row was stopped goes at once; one that never ran has a long grace. One without a row, or whose row
+    failed after it had run, stays: nothing of it is anywhere else."""
+    stopped, unborn = await world.insert(agent, "stopped"), await world.insert(agent, "error")
+    failed, unknown = await world.insert(agent, "running"), uuid4()
+    await world.sql("update sandboxes set status = 'error', generation = 4, host_ip = null where id = $1", failed.id)
+    for one in (stopped.id, unborn.id, failed.id, unknown):
         agent.add_paused(one)
     await follow()
     await trio.sleep(2 * STRANGER_GRACE)
+    assert set(agent.paused) == {str(one) for one in (unborn.id, failed.id, unknown)}
+    await trio.sleep(2 * RESTING_GRACE)
     assert set(agent.paused) == {str(failed.id), str(unknown)}
-    await trio.sleep(RESTING_GRACE)
-    assert agent.paused == {}
+
+
+async def test_those_that_stay_hide_nobody(virtual_clock, world, agent, follow, monkeypatch):
+    """However many strangers rest on a host: one that lives there, and one that a user ended, still go."""
+    monkeypatch.setattr("capsule.monitor.host.MAX_AT_ONCE", 3)
+    for _ in range(6):
+        agent.add_paused(uuid4())
+    await follow()
+    await trio.sleep(3 * INTERVAL)
+    stopped, stray = await world.insert(agent, "stopped"), uuid4()
+    agent.add_paused(stopped.id)
+    agent.add_vm(stray)
+    await trio.sleep(STRANGER_GRACE + 6 * INTERVAL)
+    assert agent.vms == {}
+    assert len(agent.paused) == 6
 
 
 async def test_a_destroy_of_one_at_rest_that_nobody_finished(virtual_clock, world, agent, follow, status):
