@@ -72,12 +72,13 @@ create table teams (
   name           text not null constraint teams_name_form check (name ~ '^[A-Za-z0-9 _@''-]{1,128}$'),
   slug           text not null constraint teams_slug_form check (slug ~ '^[0-9a-f]{6}-[0-9a-f]{6}$'),
   is_byoc        boolean not null default false,
-  -- max_sandboxes counts; the other two bound a single sandbox.
+  -- max_sandboxes and max_templates count; the other two bound a single sandbox.
   max_sandboxes  integer not null default 1000 constraint teams_max_sandboxes check (max_sandboxes >= 0),
   max_vcpus      integer not null default 8 constraint teams_max_vcpus check (max_vcpus >= 1),
   max_memory_mb  integer not null default 16384 constraint teams_max_memory_mb check (max_memory_mb >= 1),
   created_at     timestamptz not null default now(),
   deleted_at     timestamptz,
+  max_templates  integer not null default 200 constraint teams_max_templates check (max_templates >= 0),
   constraint teams_platform_lives check (id <> '00000000-0000-0000-0000-000000000000' or deleted_at is null),
   -- Over deleted teams too: a slug is never given out twice.
   constraint teams_slug_key unique (slug)

@@ -41,7 +41,7 @@ def operations(service: TemplateService) -> list[Operation[Any, Any]]:
             body=CreateSnapshotBody,
             idempotent=True,
             successes=(Success(status=201, description="The template.", body=Template),),
-            errors=(*ON_SNAPSHOT, errors.IdempotencyKeyReused),
+            errors=(*ON_SNAPSHOT, errors.QuotaExceeded, errors.IdempotencyKeyReused),
         ),
         Operation(
             name="listSnapshots",

@@ -81,7 +81,7 @@ class Snapshots:
             size_bytes = await self._freeze(plan)
             try:
                 return await self.rows.patiently(_write_down, principal, plan, size_bytes)
-            except errors.NoTeam as err:
+            except (errors.NoTeam, errors.QuotaExceeded) as err:
                 failure: errors.CapsuleError = err
             except ConstraintViolated as err:
                 if err.name != "templates_name_key":
@@ -160,14 +160,26 @@ async def begin(tx: Connection, principal: Principal, request: CreateSnapshot, k
             raise wrong_status(row, "a running or paused one")
         if await templates.get_by_name(tx, principal.team_id, name) is not None:
             raise taken(name)
+        await _check_room(tx, principal, await templates.count(tx, principal.team_id))
     return Plan(id=snapshot, name=name, source=row, made=made)
 
 
+async def _check_room(tx: Connection, principal: Principal, have: int) -> None:
+    """Room for one more template than the team has. QuotaExceeded, NoTeam."""
+    limits = await teams.limits(tx, principal.team_id)
+    if limits is None:
+        raise errors.NoTeam("your team was deleted")
+    if have >= limits.max_templates:
+        raise errors.QuotaExceeded(
+            f"max_templates of your team is {limits.max_templates}; delete one first", limit="max_templates"
+        )
+
+
 async def _write_down(tx: Connection, principal: Principal, plan: Plan, size_bytes: int) -> TemplateRow:
+    have = await templates.count(tx, principal.team_id)  # with its lock: who else writes this one down has done so
     if (made := await templates.get_any(tx, plan.id)) is not None:
         return made
-    if await teams.limits(tx, principal.team_id) is None:
-        raise errors.NoTeam("your team was deleted")
+    await _check_room(tx, principal, have)
     row = await templates.insert_snapshot(
         tx,
         id=plan.id,

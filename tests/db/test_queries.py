@@ -272,7 +272,8 @@ async def test_users_and_teams(db: Database, team: TeamRow):
     assert await db.run(users.get, user.id) == user
     assert user.sessions_valid_from is None
     assert await db.run(teams.get, team.id) == team
-    assert await db.run(teams.limits, team.id) == teams.TeamLimits(max_sandboxes=1000, max_vcpus=8, max_memory_mb=16384)
+    limits = teams.TeamLimits(max_sandboxes=1000, max_templates=200, max_vcpus=8, max_memory_mb=16384)
+    assert await db.run(teams.limits, team.id) == limits
     await db.transaction(lambda tx: tx.execute("update teams set deleted_at = now() where id = $1", team.id))
     assert await db.run(teams.limits, team.id) is None
 

@@ -125,6 +125,33 @@ async def test_two_at_once_for_a_name(virtual_clock, world, agent, freeze):
     assert await world.disagreements() == []
 
 
+async def test_no_more_than_the_team_may_have(virtual_clock, world, agent, plane, freeze):
+    """403 naming the limit, before the host is asked; of several at once at the limit one is made, and nothing is left
+    of the others. One deleted makes room."""
+    await world.sql("update teams set max_templates = 2 where id = $1", world.principal.team_id)
+    await freeze("first")
+    agent.delay, outcomes = 1, []
+
+    async def one(name):
+        try:
+            outcomes.append((await freeze(name, key=name)).type)
+        except errors.QuotaExceeded as err:
+            outcomes.append(err.extra["limit"])
+
+    async with trio.open_nursery() as nursery:
+        for number in range(3):
+            nursery.start_soon(one, f"at-once-{number}")
+    assert sorted(outcomes) == ["max_templates", "max_templates", "snapshot"]
+    assert len(agent.snapshots) == 2
+    asked = len(agent.asked)
+    with pytest.raises(errors.QuotaExceeded, match="max_templates of your team is 2"):
+        await freeze("third")
+    assert len(agent.asked) == asked
+    await plane.templates.delete(world.principal, "first")
+    await freeze("third")
+    assert await world.disagreements() == []
+
+
 @pytest.mark.parametrize(
     ("fault", "error"),
     [

@@ -29,9 +29,10 @@ class TeamRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TeamLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """`max_sandboxes` counts the live ones of the team; the other two bound each sandbox."""
+    """`max_sandboxes` counts the live ones of the team, `max_templates` its snapshots; the other two bound a sandbox."""
 
     max_sandboxes: int
+    max_templates: int
     max_vcpus: int
     max_memory_mb: int
 

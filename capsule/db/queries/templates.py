@@ -134,6 +134,14 @@ async def insert_snapshot(
     return only(TemplateRow, record)
 
 
+async def count(tx: Connection, team_id: UUID) -> int:
+    """How many templates the team has, with the team's row locked until the transaction ends: of two at the limit one
+    waits for the other and then counts it."""
+    await tx.execute("select from teams where id = $1 for no key update", team_id)
+    number: int = await tx.fetchval("select count(*) from templates where team_id = $1 and deleted_at is null", team_id)
+    return number
+
+
 async def get_any(tx: Connection, template_id: UUID) -> TemplateRow | None:
     """A template of any team, deleted or not."""
     return one(TemplateRow, await tx.fetchrow(f"select {_COLUMNS} from templates where id = $1", template_id))
