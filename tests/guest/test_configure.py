@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 
 import pytest
 
 from agent.guest.build import compile_daemon
+from agent.wire.messages import Cancel
 
 pytestmark = [
     pytest.mark.host,
@@ -100,21 +103,85 @@ def test_a_machine_id_that_leads_elsewhere_is_replaced(client, etc, tmp_path):
 IDENTITY = {"hostname": "box-2", "machine_id": "c" * 32, "dns": ["1.1.1.1"]}
 
 
-def test_what_is_right_already_is_not_written(client, etc):
-    """A resume tells a guest what it knows: no page of its disk gets dirty."""
+def contents(etc):
+    return [(etc / name).read_text() for name in ("hostname", "machine-id", "resolv.conf")]
+
+
+def lines_of(body):
+    dns = "".join(f"nameserver {server}\n" for server in body["dns"])
+    return [body["hostname"] + "\n", body["machine_id"] + "\n", dns]
+
+
+def test_what_is_right_already_is_not_written(start_guest, private, etc):
+    """A new daemon does not know what the one before has written, and looks: no page of the disk gets dirty."""
+    found = []
+    for _ in range(2):
+        client = start_guest("--system-changes", "on", prefix=private).connect()
+        assert client.call("configure", IDENTITY).reply == {}
+        found.append({file.name: file.stat().st_ino for file in etc.iterdir()})
+    assert found[0] == found[1]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """A daemon that notes each of its children, and how many it has noted."""
+    directory = tmp_path_factory.mktemp("forks")
+    noted = directory / "noted"
+    noted.touch()
+    header = directory / "forks.h"
+    header.write_text(f"""#include <fcntl.h>
+#include <unistd.h>
+static inline pid_t noted_fork(void) {{
+    int fd = open("{noted}", O_WRONLY | O_APPEND);
+    (void)!write(fd, ".", 1);
+    close(fd);
+    return fork();
+}}
+#define fork() noted_fork()
+""")
+    compile_daemon(directory / "guest", compiler="musl-gcc", flags=("-static", "-O1", "-include", str(header)))
+    return directory / "guest", lambda: noted.stat().st_size
+
+
+def test_what_it_has_been_told_before_takes_no_child_and_writes_nothing(forks, start_guest, private, etc):
+    """A resume where it was paused: entropy and clock, and what the user has made of the files meanwhile stays."""
+    binary, count = forks
+    client = start_guest("--system-changes", "on", binary=binary, prefix=private).connect()
+    before = count()
+    assert client.call("configure", {**IDENTITY, "entropy": bytes(64)}).reply == {}
+    assert count() == before + 1
+    for name in ("hostname", "machine-id", "resolv.conf"):
+        (etc / name).write_text("mine")
+    assert client.call("configure", {**IDENTITY, "entropy": bytes(64)}).reply == {}
+    assert client.call("configure", {}).reply == {}
+    assert count() == before + 1
+    assert contents(etc) == ["mine"] * 3
+
+
+@pytest.mark.parametrize("part", IDENTITY)
+def test_only_what_differs_is_written(client, etc, part):
+    """A clone in the same network keeps the resolver of its template, whatever that was made into."""
     assert client.call("configure", IDENTITY).reply == {}
-    before = {file.name: file.stat().st_ino for file in etc.iterdir()}
+    for name in ("hostname", "machine-id", "resolv.conf"):
+        (etc / name).write_text("mine")
+    other = {"hostname": "box-3", "machine_id": "d" * 32, "dns": ["1.1.1.2", "1.1.1.1"]}
+    assert client.call("configure", {**IDENTITY, part: other[part]}).reply == {}
+    expected = [new if name == part else "mine" for name, new in zip(IDENTITY, lines_of(other), strict=True)]
+    assert contents(etc) == expected
+    assert client.call("exec", {"cmd": "uname -n"}).stdout.decode() == f"box-{3 if part == 'hostname' else 2}\n"
     assert client.call("configure", IDENTITY).reply == {}
-    assert {file.name: file.stat().st_ino for file in etc.iterdir()} == before
+    expected = [old if name == part else "mine" for name, old in zip(IDENTITY, lines_of(IDENTITY), strict=True)]
+    assert contents(etc) == expected
 
 
 def test_files_that_cannot_be_written_are_named(start_guest, etc, private):
-    """A read-only disk: the kernel knows the new name, the clock and the entropy all the same."""
+    """A read-only disk: the kernel knows the new name, the clock and the entropy all the same. The next time again."""
     (etc / "hostname").write_text("box-2\n")
     read_only = (*private, "sh", "-c", 'mount -o remount,bind,ro /etc && exec "$@"', "sh")
     client = start_guest("--system-changes", "on", prefix=read_only).connect()
-    reply = client.call("configure", {**IDENTITY, "entropy": bytes(64)}).reply
-    assert reply == {"failed": ["/etc/machine-id", "/etc/resolv.conf"]}
+    for _ in range(2):
+        reply = client.call("configure", {**IDENTITY, "entropy": bytes(64)}).reply
+        assert reply == {"failed": ["/etc/machine-id", "/etc/resolv.conf"]}
     assert client.call("exec", {"cmd": "uname -n"}).stdout == b"box-2\n"
 
 
@@ -124,10 +191,12 @@ WATCH = "while :; do read name < /etc/hostname; read id < /etc/machine-id; echo 
 
 @pytest.fixture(scope="module")
 def slow_binary(tmp_path_factory):
-    """A daemon that takes half a second to set the host name, the first of what it tells others about itself."""
+    """A daemon that takes half a second for each file that it replaces."""
     directory = tmp_path_factory.mktemp("slow")
     header = directory / "slow.h"
-    header.write_text("#include <unistd.h>\n#define sethostname(...) (usleep(500000), sethostname(__VA_ARGS__))\n")
+    header.write_text(
+        "#include <stdio.h>\n#include <unistd.h>\n#define rename(...) (usleep(500000), rename(__VA_ARGS__))\n"
+    )
     compile_daemon(directory / "guest", compiler="musl-gcc", flags=("-static", "-O1", "-include", str(header)))
     return directory / "guest"
 
@@ -137,7 +206,7 @@ def watched(slow_binary, start_settling, private, tmp_path, until):
     """Of a guest that was box-a: a connection, its group, and the lines that a process in it has printed. Frozen."""
     guest, group = start_settling("--system-changes", "on", binary=slow_binary, prefix=private[1:])
     client = guest.connect()
-    client.call("configure", {"hostname": "box-a", "machine_id": "a" * 32})
+    client.call("configure", OLD)
     out = tmp_path / "out"
     client.call("exec", {"cmd": f"{WATCH} > {out}", "background": True})
     until(lambda: out.exists() and out.stat().st_size, "it watches")
@@ -145,6 +214,7 @@ def watched(slow_binary, start_settling, private, tmp_path, until):
     return client, group, lambda: out.read_text().splitlines()
 
 
+OLD = {"hostname": "box-a", "machine_id": "a" * 32}
 NEW = {"hostname": "box-b", "machine_id": "b" * 32}
 
 
@@ -164,6 +234,67 @@ def test_a_configure_that_was_given_up_thaws_nothing(watched):
     assert group.frozen()
     assert client.call("configure", NEW).reply == {}
     assert not group.frozen()
+
+
+@pytest.fixture
+def slow(slow_binary, start_guest, private):
+    """A daemon that has been told who it is, and a connection to it."""
+    guest = start_guest("--system-changes", "on", binary=slow_binary, prefix=private)
+    client = guest.connect()
+    assert client.call("configure", OLD).reply == {}
+    return guest, client
+
+
+def test_one_that_was_given_up_half_way_is_made_good(slow, etc, until):
+    """The daemon no longer believes what it wrote before: the old values are written anew."""
+    guest, client = slow
+    stream = client.open("configure", NEW)
+    until(lambda: (etc / "hostname").read_text() == "box-b\n", "the first is written")
+    client.send(Cancel(stream))
+    assert client.finish(stream).fault == "cancelled"
+    until(lambda: guest.children() == {}, "its child has ended")
+    assert (etc / "machine-id").read_text() == "a" * 32 + "\n"
+    assert client.call("configure", OLD).reply == {}
+    assert (etc / "hostname").read_text() == "box-a\n"
+    assert client.call("exec", {"cmd": "uname -n"}).stdout == b"box-a\n"
+
+
+def test_of_two_at_once_nothing_is_believed(slow, etc, until):
+    """The first to begin is the last to write, and the values of the second are written again when they come again."""
+    guest, client = slow
+    first = client.open("configure", {"hostname": "first"})
+    (child,) = until(guest.children, "it has a child")
+    until((etc / "hostname.capsule").exists, "it is about to replace the file")
+    os.kill(child, signal.SIGSTOP)
+    (etc / "hostname.capsule").rename(etc / "hostname.kept")
+    assert client.call("configure", {"hostname": "second"}).reply == {}
+    (etc / "hostname.kept").rename(etc / "hostname.capsule")
+    os.kill(child, signal.SIGCONT)
+    assert client.finish(first).reply == {}
+    assert (etc / "hostname").read_text() == "first\n"
+    assert client.call("configure", {"hostname": "second"}).reply == {}
+    assert (etc / "hostname").read_text() == "second\n"
+
+
+@pytest.mark.parametrize(
+    ("capability", "body"),
+    [("sys_time", {"time_ns": time.time_ns}), ("sys_admin", {"entropy": lambda: bytes(64)})],
+)
+def test_a_kernel_that_refuses_thaws_nothing(start_settling, daemon_binary, private, etc, tmp_path, capability, body):
+    """Clock or entropy: the caller hears of it, nothing after it is done, and the guest stands still."""
+    weak = tmp_path / "weak"
+    weak.write_text(f'#!/bin/sh\nexec setpriv --bounding-set=-{capability} {daemon_binary} "$@"\n')
+    weak.chmod(0o755)
+    guest, group = start_settling("--system-changes", "on", binary=weak, prefix=private[1:])
+    client = guest.connect()
+    bystander = guest.connect()
+    client.call("exec", {"cmd": "sleep 1000", "background": True})
+    assert client.call("settle").reply["frozen"] is True
+    given = {name: value() for name, value in body.items()}
+    assert guest.connect().call("configure", {**IDENTITY, **given}).fault == "permission_denied"
+    assert group.frozen()
+    assert not (etc / "hostname").exists()
+    assert bystander.call("info").reply["frozen"] is True
 
 
 def test_entropy(client):

@@ -2,21 +2,16 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "child.h"
 #include "fields.h"
-#include "job.h"
 #include "guest_limits.h"
+#include "identity.h"
 #include "methods.h"
 #include "pack.h"
-#include "replace.h"
 #include "settle.h"
 
 /* <linux/random.h>, which musl's compiler wrapper does not find. */
@@ -28,14 +23,10 @@ struct EntropyPool {
     uint8_t buf[MAX_ENTROPY_BYTES];
 };
 
-#define DBUS_MACHINE_ID "/var/lib/dbus/machine-id"
-
 struct Configure {
-    struct Slice hostname;
-    struct Slice dns;
+    struct Identity identity;
     struct Slice envs;
     struct Slice entropy;
-    struct Slice machine_id;
     struct Integer time_ns;
 };
 
@@ -54,99 +45,40 @@ struct Slice configure_envs(void) {
     return default_envs.length > 0 ? bytes_slice(&default_envs) : (struct Slice){.data = NULL};
 }
 
-/* --- in the child ------------------------------------------------------------------------------------------- */
+/* --- effects ------------------------------------------------------------------------------------------------- */
 
-/* What could not be written: told, and no reason to leave a guest frozen whose disk is full. */
-static struct Bytes failures;
-static size_t failure_count;
-
-static void replace(const char *path, const struct Bytes *content) {
-    if (!replace_file(path, content)) {
-        pack_string(&failures, path);
-        failure_count++;
-    }
-}
-
-static void write_line(const char *path, struct Slice text) {
-    struct Bytes content = {0};
-    bytes_append(&content, text.data, text.length);
-    bytes_append(&content, "\n", 1);
-    replace(path, &content);
-}
-
-static void apply_hostname(struct Slice hostname) {
-    if (sethostname((const char *)hostname.data, hostname.length) != 0) {
-        worker_fault("permission_denied", "cannot set the host name: %s", strerror(errno));
-    }
-    write_line("/etc/hostname", hostname);
-}
-
-static void apply_machine_id(struct Slice machine_id) {
-    struct stat status;
-    write_line("/etc/machine-id", machine_id);
-    if (is_regular(DBUS_MACHINE_ID, &status)) { /* mostly a link to the other, or not there */
-        write_line(DBUS_MACHINE_ID, machine_id);
-    }
-}
-
-static void apply_dns(struct Slice dns) {
-    struct Bytes content = {0};
-    struct StringWalk walk = strings_walk(dns);
-    for (struct Slice server; walk_next(&walk, &server);) {
-        bytes_append(&content, "nameserver ", 11);
-        bytes_append(&content, server.data, server.length);
-        bytes_append(&content, "\n", 1);
-    }
-    replace("/etc/resolv.conf", &content);
-}
-
-static void apply_time(int64_t time_ns) {
+static bool set_clock(int64_t time_ns) {
     struct timespec now = {.tv_sec = time_ns / 1000000000, .tv_nsec = time_ns % 1000000000};
-    if (clock_settime(CLOCK_REALTIME, &now) != 0) {
-        worker_fault("permission_denied", "cannot set the clock: %s", strerror(errno));
-    }
+    return clock_settime(CLOCK_REALTIME, &now) == 0;
 }
 
 /* Two guests of one snapshot have the same pool: new bytes first, then a key made from them at once. */
-static void apply_entropy(struct Slice entropy) {
+static bool add_entropy(struct Slice entropy) {
     struct EntropyPool pool = {.entropy_count = (int)entropy.length * 8, .buf_size = (int)entropy.length};
     memcpy(pool.buf, entropy.data, entropy.length);
-    if (ioctl(EXTRA_FD, RNDADDENTROPY, &pool) != 0) {
-        worker_fault("permission_denied", "cannot add entropy: %s", strerror(errno));
+    bool added = ioctl(urandom, RNDADDENTROPY, &pool) == 0;
+    if (added) {
+        ioctl(urandom, RNDRESEEDCRNG); /* kernels before 4.14 do not have it */
     }
-    ioctl(EXTRA_FD, RNDRESEEDCRNG); /* kernels before 4.14 do not have it */
+    return added;
 }
 
-static void run(const void *argument) {
-    const struct Configure *configure = argument;
-    struct Bytes body = {0};
-    if (system_changes) {
-        if (configure->time_ns.present) {
-            apply_time(configure->time_ns.value);
-        }
-        if (configure->entropy.length > 0) {
-            apply_entropy(configure->entropy);
-        }
-        if (configure->hostname.data != NULL) {
-            apply_hostname(configure->hostname);
-        }
-        if (configure->machine_id.data != NULL) {
-            apply_machine_id(configure->machine_id);
-        }
-        if (configure->dns.data != NULL) {
-            apply_dns(configure->dns);
-        }
+/* By the loop itself, as none of it can block. NULL, or what failed; errno says why. */
+static const char *tell_kernel(const struct Configure *configure) {
+    struct Slice hostname = configure->identity.parts[IDENTITY_HOSTNAME];
+    if (configure->time_ns.present && !set_clock(configure->time_ns.value)) {
+        return "set the clock";
     }
-    pack_map(&body, failure_count > 0);
-    if (failure_count > 0) {
-        pack_string(&body, "failed");
-        pack_array(&body, failure_count);
-        bytes_append(&body, failures.data, failures.length);
+    if (configure->entropy.length > 0 && !add_entropy(configure->entropy)) {
+        return "add entropy";
     }
-    worker_reply(&body);
+    if (hostname.data != NULL && sethostname((const char *)hostname.data, hostname.length) != 0) {
+        return "set the host name";
+    }
+    return NULL;
 }
 
-/* --- in the loop -------------------------------------------------------------------------------------------- */
+/* --- the request ---------------------------------------------------------------------------------------------- */
 
 static bool is_hostname(struct Slice name) {
     for (size_t i = 0; i < name.length; i++) {
@@ -189,23 +121,26 @@ static bool are_addresses(struct Slice dns) {
 }
 
 static bool read_configure(struct Slice body, struct Configure *configure, char *error) {
+    struct Slice *hostname = &configure->identity.parts[IDENTITY_HOSTNAME];
+    struct Slice *machine_id = &configure->identity.parts[IDENTITY_MACHINE_ID];
+    struct Slice *dns = &configure->identity.parts[IDENTITY_DNS];
     const struct Field fields[] = {
-        {.name = "hostname", .type = FIELD_STRING, .target = &configure->hostname, .high = MAX_HOSTNAME_BYTES},
-        {.name = "dns", .type = FIELD_STRINGS, .target = &configure->dns, .high = MAX_NAMESERVERS},
+        {.name = "hostname", .type = FIELD_STRING, .target = hostname, .high = MAX_HOSTNAME_BYTES},
+        {.name = "dns", .type = FIELD_STRINGS, .target = dns, .high = MAX_NAMESERVERS},
         {.name = "envs", .type = FIELD_ENVS, .target = &configure->envs, .high = MAX_ENVS},
         {.name = "time_ns", .type = FIELD_INTEGER, .target = &configure->time_ns, .low = 0, .high = INT64_MAX},
-        {.name = "machine_id", .type = FIELD_STRING, .target = &configure->machine_id, .high = MACHINE_ID_CHARS},
+        {.name = "machine_id", .type = FIELD_STRING, .target = machine_id, .high = MACHINE_ID_CHARS},
         {.name = "entropy", .type = FIELD_BINARY, .target = &configure->entropy, .high = MAX_ENTROPY_BYTES},
     };
     if (!fields_read(body, fields, sizeof fields / sizeof *fields, error)) {
         return false;
     }
     const char *wrong = NULL;
-    if (configure->hostname.data != NULL && !is_hostname(configure->hostname)) {
+    if (hostname->data != NULL && !is_hostname(*hostname)) {
         wrong = "hostname must be made of letters, digits, '-' and '.'";
-    } else if (!are_addresses(configure->dns)) {
+    } else if (!are_addresses(*dns)) {
         wrong = "dns must hold IP addresses";
-    } else if (configure->machine_id.data != NULL && !is_machine_id(configure->machine_id)) {
+    } else if (machine_id->data != NULL && !is_machine_id(*machine_id)) {
         wrong = "machine_id must be 32 lower-case hex digits, not all zero";
     } else if (configure->envs.length > MAX_DEFAULT_ENVS_BYTES) {
         wrong = "envs are larger than 128 KiB";
@@ -216,10 +151,14 @@ static bool read_configure(struct Slice body, struct Configure *configure, char 
     return wrong == NULL;
 }
 
-static void configure_finished(struct Job *job, bool answered) {
-    if (answered) {
-        settle_resume(job->owner);
+static bool keep_envs(struct Slice given) {
+    struct Bytes envs = {0};
+    bytes_append(&envs, given.data, given.length);
+    if (!envs.failed) {
+        bytes_free(&default_envs);
+        default_envs = envs;
     }
+    return !envs.failed;
 }
 
 void configure_open(struct Connection *connection, const struct Frame *open) {
@@ -229,17 +168,21 @@ void configure_open(struct Connection *connection, const struct Frame *open) {
         connection_fault(connection, open->stream, "invalid_argument", "%s", error);
         return;
     }
-    if (configure.envs.data != NULL) {
-        struct Bytes envs = {0};
-        bytes_append(&envs, configure.envs.data, configure.envs.length);
-        if (envs.failed) {
-            connection_fault(connection, open->stream, "internal", "the guest is out of memory");
-            return;
-        }
-        bytes_free(&default_envs);
-        default_envs = envs;
+    if (configure.envs.data != NULL && !keep_envs(configure.envs)) {
+        connection_fault(connection, open->stream, "internal", "the guest is out of memory");
+        return;
     }
-    const struct Spawn spawn = {
-        .kind = JOB_SYSTEM, .extra = urandom, .finished = configure_finished, .run = run, .argument = &configure};
-    job_spawn(connection, open, &spawn);
+    bool changed = system_changes && identity_reduce(&configure.identity);
+    const char *failed = system_changes ? tell_kernel(&configure) : NULL;
+    if (failed != NULL) {
+        connection_fault(connection, open->stream, "permission_denied", "cannot %s: %s", failed, strerror(errno));
+    } else if (changed) {
+        identity_write(connection, open, &configure.identity);
+    } else {
+        struct Bytes body = {0};
+        pack_map(&body, 0);
+        connection_reply(connection, open->stream, &body);
+        bytes_free(&body);
+        settle_resume(connection);
+    }
 }
