@@ -147,20 +147,21 @@ def taken(name: str) -> errors.Conflict:
 
 async def begin(tx: Connection, principal: Principal, request: CreateSnapshot, key: str | None) -> Plan:
     """What is to be made, if it may be. With a key that was used: what was made then, or is to be made still."""
-    snapshot, made = uuid4(), None
+    snapshot = uuid4()
     row = found(await sandboxes.get(tx, principal.team_id, request.sandbox))
     if key is not None:
         claim = await idempotency.claim(tx, principal.team_id, key, fingerprint(request), snapshot, endpoint=ENDPOINT)
         if claim is not None:
             snapshot = same_request(claim, request)
-            made = await templates.get_any(tx, snapshot)
+    have = await templates.count(tx, principal.team_id)  # with its lock: who else has this key is done, or waits
+    made = await templates.get_any(tx, snapshot)
     name = request.name or f"{row.template[:55]}-{snapshot.hex[:8]}"
     if made is None:
         if row.status not in FREEZABLE:
             raise wrong_status(row, "a running or paused one")
         if await templates.get_by_name(tx, principal.team_id, name) is not None:
             raise taken(name)
-        await _check_room(tx, principal, await templates.count(tx, principal.team_id))
+        await _check_room(tx, principal, have)
     return Plan(id=snapshot, name=name, source=row, made=made)
 
 

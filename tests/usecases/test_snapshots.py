@@ -193,6 +193,35 @@ async def test_repeated_with_its_key(virtual_clock, world, agent, plane, freeze)
     assert agent.snapshots == {}
 
 
+async def test_one_key_on_two_control_planes(virtual_clock, world, agent, sandbox):
+    """Both write it down at once, slowly, at the team's limit: one template, which both answer."""
+    await world.sql("update teams set max_templates = 1 where id = $1", world.principal.team_id)
+
+    class Slowly:
+        def __getattr__(self, name):
+            return getattr(world.db, name)
+
+        async def transaction(self, fn, *args):
+            async def slow(tx, *args):
+                result = await fn(tx, *args)
+                await tx.execute("select pg_sleep(0.3)")
+                return result
+
+            return await world.db.transaction(slow if fn.__name__ == "_write_down" else fn, *args)
+
+    made = []
+
+    async def one(plane):
+        made.append(await plane.templates.create(world.principal, CreateSnapshot(sandbox=sandbox, name="mine"), "key"))
+
+    planes = [await world.control_plane(db=Slowly()) for _ in range(2)]
+    async with trio.open_nursery() as nursery:
+        for plane in planes:
+            nursery.start_soon(one, plane)
+    assert made[0] == made[1]
+    assert await world.disagreements() == []
+
+
 async def test_the_answer_is_lost(virtual_clock, world, agent, freeze):
     """Asked again under the same id: one snapshot."""
     agent.lose_answer_of.add("snapshot.create")

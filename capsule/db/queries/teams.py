@@ -29,7 +29,7 @@ class TeamRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TeamLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """`max_sandboxes` counts the live ones of the team, `max_templates` its snapshots; the other two bound a sandbox."""
+    """`max_sandboxes` counts the live ones of the team, `max_templates` its snapshots; the others bound a sandbox."""
 
     max_sandboxes: int
     max_templates: int
