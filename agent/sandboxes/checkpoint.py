@@ -17,11 +17,13 @@ import structlog
 import trio
 
 from agent.sandboxes import capturing
+from agent.sandboxes.compaction import DEEPEST_DISK
 from agent.sandboxes.disks import freeze_disks, reconcile_disk, recover_disk, remove_disks
 from agent.sandboxes.greeting import settle
 from agent.sandboxes.made import drop_snapshots, save
 from agent.sandboxes.pausing import RUN_ON_TIMEOUT, pause_fault, publish, run_on, wake
 from agent.sandboxes.threads import in_thread, run_stoppable
+from agent.wire.faults import Fault, FaultCode
 
 if TYPE_CHECKING:
     from agent.sandboxes.made import Made
@@ -42,6 +44,7 @@ async def checkpoint(parts: HostParts, made: Made) -> None:
         await parts.captures.acquire()
     name = uuid4()
     try:
+        await _check_depth(parts, made.record)
         await reconcile_disk(parts, made)
         before = made.record
         await save(parts, made, next_disk=before.disk_after(), untracked=True)
@@ -61,6 +64,16 @@ async def checkpoint(parts: HostParts, made: Made) -> None:
     # The pager serves the VM from the snapshot that it was restored from, which must stay as long as the VM does.
     await drop_snapshots(parts, before.snapshots() - made.record.snapshots())
     await remove_disks(parts, made, (*before.frozen, before.disk))
+
+
+async def _check_depth(parts: HostParts, record: Record) -> None:
+    """Fault `conflict`: each checkpoint puts a layer under a disk that a running VM cannot merge."""
+    layers = len(record.frozen)
+    if record.base:
+        layers += len((await trio.to_thread.run_sync(parts.snapshots.load, UUID(record.base))).layers)
+    if layers >= DEEPEST_DISK:
+        message = f"the sandbox was frozen {layers} times while it ran; pause and resume it, then try again"
+        raise Fault(FaultCode.CONFLICT, message)
 
 
 async def _take(parts: HostParts, made: Made, name: UUID, before: Record) -> dict[str, object]:

@@ -63,9 +63,11 @@ class Made:
     `golden` if it is one of those. `stopped_at`: since
     when its vCPUs stand (performance counter), 0 while they run. `settled`: its
     guest's processes stand still, too, or may do so. `replaced`: snapshots that its last one has replaced.
+    `saving`: held by whoever changes the record.
     """
 
     record: Record
+    saving: trio.Lock = field(default_factory=trio.Lock)
     slot: Slot | None = None
     vm: Vm | None = None
     guest: Guest | None = None
@@ -105,19 +107,20 @@ async def save(parts: HostParts, made: Made, **changes: object) -> None:
     What lies on the disk decides, as it would for a restarted agent: a replaced file whose directory could not be
     synced has been replaced.
     """
-    record = msgspec.structs.replace(made.record, **changes)
-    failure: OSError | None = None
-    try:
-        await trio.to_thread.run_sync(parts.state.save, record)
-    except OSError as err:
-        failure = err
-    if failure is not None:
-        with trio.CancelScope(shield=True):  # a small file; without it nobody knows which of the two it is
-            found = await trio.to_thread.run_sync(parts.state.read, record.sandbox_id)
-        if found != record:
-            raise failure
-        log.warning("record_not_synced", error=str(failure))
-    made.record = record
+    async with made.saving:  # what rests is told and compacted at once, and each must see what the other has noted
+        record = msgspec.structs.replace(made.record, **changes)
+        failure: OSError | None = None
+        try:
+            await trio.to_thread.run_sync(parts.state.save, record)
+        except OSError as err:
+            failure = err
+        if failure is not None:
+            with trio.CancelScope(shield=True):  # a small file; without it nobody knows which of the two it is
+                found = await trio.to_thread.run_sync(parts.state.read, record.sandbox_id)
+            if found != record:
+                raise failure
+            log.warning("record_not_synced", error=str(failure))
+        made.record = record
 
 
 async def release_vm(parts: HostParts, made: Made) -> None:

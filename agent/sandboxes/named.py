@@ -9,6 +9,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from agent.sandboxes.admission import check_disk
 from agent.sandboxes.pausing import pause_fault
 from agent.wire.calls import SnapshotState
 from agent.wire.faults import Fault, FaultCode
@@ -27,6 +28,9 @@ log = structlog.get_logger()
 
 MAX_TOMBSTONES = 4096
 """Ids remembered as removed, so that a create that was held up on the way cannot bring one back."""
+
+MAX_NAMED = 8192
+"""Snapshots of one host: their ids fit into one listing three times over."""
 
 
 class NamedSnapshots:
@@ -49,10 +53,12 @@ class NamedSnapshots:
 
     async def create(self, snapshot_id: str, find: Callable[[], Sandbox], *, deadline: float) -> SnapshotState:
         """A snapshot of the sandbox; the one that is there, or being made, under this id. Raises Fault."""
+        if snapshot_id not in self._ids and snapshot_id not in self._making:
+            await self._check_room()
         if snapshot_id in self._ids:
             return await self.describe(snapshot_id)
         if snapshot_id in self._removed:
-            raise Fault(FaultCode.INVALID_STATE, "the snapshot was removed")
+            raise _was_removed()
         slot = self._making.get(snapshot_id)
         if slot is None or slot.answered():
             slot = self._making[snapshot_id] = find().checkpoint(snapshot_id)
@@ -61,6 +67,12 @@ class NamedSnapshots:
         finally:
             if slot.answered() and self._making.get(snapshot_id) is slot:
                 del self._making[snapshot_id]
+
+    async def _check_room(self) -> None:
+        """Fault `no_capacity`: what templates take must not be what a pause or an overlay needs next."""
+        if len(self._ids) + len(self._making) >= MAX_NAMED:
+            raise Fault(FaultCode.NO_CAPACITY, f"this host has {MAX_NAMED} snapshots: remove some", retryable=True)
+        await trio.to_thread.run_sync(check_disk, self._parts.state.root)
 
     async def make(self, order: Checkpoint, record: Record, *, stopped_ms: float) -> None:
         """For a sandbox's life: copy what it rests as, or its new base, and answer. Raises Fault, nothing is left."""
@@ -75,7 +87,7 @@ class NamedSnapshots:
         except Exception as err:
             raise pause_fault(self._parts, err) from err
         if order.snapshot_id in self._removed:
-            raise Fault(FaultCode.INVALID_STATE, "the snapshot was removed")
+            raise _was_removed()
         self._changed()
         order.reply.answer(state)
 
@@ -114,3 +126,7 @@ class NamedSnapshots:
             size_bytes=used,
             stopped_ms=stopped_ms,
         )
+
+
+def _was_removed() -> Fault:
+    return Fault(FaultCode.INVALID_STATE, "the snapshot was removed", details={"object": "snapshot"})

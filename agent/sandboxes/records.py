@@ -189,7 +189,7 @@ def _read(directory: Path) -> Record | None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by a file with `data`, durably: after a crash either the old or the new one is there, whole."""
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from agent.sandboxes.commands import Checkpoint, Destroy, Pause, Resume
-from agent.sandboxes.compaction import compact_when_due
+from agent.sandboxes.compaction import compact_if_too_deep, compact_when_due
 from agent.sandboxes.telling import tell_pause
 from agent.wire.faults import Fault
 from agent.wire.lifecycle import Status
@@ -44,6 +44,8 @@ class Rest:
                     await self._copy(order)
                 case Resume():
                     if self._admit(order):
+                        deep = partial(compact_if_too_deep, self._parts, self._sandbox.made)
+                        await self._commands.unless_stopped(deep)  # if it was: the resume is stopped, too
                         return order
 
     async def _wait(self) -> Destroy | Pause | Resume | Checkpoint:

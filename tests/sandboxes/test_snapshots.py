@@ -369,3 +369,42 @@ async def test_sandboxes_of_a_failed_start_leave_nothing(host, autojump_clock):
         await agent.create(TWO, snapshot_id=SNAPSHOT)
         assert request(TWO).sandbox_id == TWO
         await agent.check()
+
+
+@pytest.mark.parametrize("limit", ["count", "disk"])
+async def test_templates_leave_room(host, monkeypatch, autojump_clock, limit):
+    """A host that is nearly full, or has very many snapshots, makes no more of them; one that it has is still told."""
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        made = await agent.snapshot(SNAPSHOT, ONE)
+        if limit == "count":
+            monkeypatch.setattr("agent.sandboxes.named.MAX_NAMED", 1)
+        else:
+            monkeypatch.setattr("agent.sandboxes.admission.DISK_RESERVE_MB", 2**40)
+        with pytest.raises(Fault) as refused:
+            await agent.snapshot(OTHER, ONE)
+        assert refused.value.code == FaultCode.NO_CAPACITY
+        assert (await agent.snapshot(SNAPSHOT, ONE)).snapshot_id == made.snapshot_id
+
+
+async def test_a_disk_that_grew_too_deep(host, monkeypatch, autojump_clock):
+    """Checkpoints stop before QEMU could not open the disk any more; a pause and a resume make it shallow again."""
+    monkeypatch.setattr("agent.sandboxes.checkpoint.DEEPEST_DISK", 3)
+    monkeypatch.setattr("agent.sandboxes.compaction.DEEPEST_DISK", 3)
+    monkeypatch.setattr("agent.sandboxes.pausing.MAX_LAYERS", 2)
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        write_disk(host, ONE, 1, 7)
+        for number in range(3):
+            await agent.snapshot(sandbox_id(200 + number), ONE)
+        with pytest.raises(Fault, match="pause and resume") as refused:
+            await agent.snapshot(OTHER, ONE)
+        assert refused.value.code == FaultCode.CONFLICT
+        assert agent.statuses() == {ONE: "running"}
+        pause, resume = agent.manager.find(ONE).pause(), agent.manager.find(ONE).resume()
+        await pause.wait()
+        await resume.wait()
+        assert len(host.store().load(UUID(host.state.load()[ONE].base)).layers) <= 3
+        assert disk_blocks(host, ONE)[1] == 7
+        await agent.snapshot(OTHER, ONE)
+        await agent.check()
