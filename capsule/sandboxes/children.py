@@ -77,8 +77,9 @@ async def insert(tx: Connection, new: Children) -> list[SandboxRow] | None:
             tx, principal.team_id, new.idempotency_key, fingerprint(request), new.id, endpoint=ENDPOINT
         )
         if claim is not None:
-            same_request(claim, request)
-            return None
+            if same_request(claim, request) != new.id:
+                return None
+            return await children(tx, new.id, request.count)  # ours: committed after we had looked
     await check_allowed(tx, principal, shape(source), request.count)
     template = source.template_id
     if template is not None and not await templates.hold(tx, template):

@@ -103,7 +103,12 @@ class Forker:
 
     async def _write_down(self, new: Children) -> list[SandboxRow] | None:
         try:
-            return await self.rows.patiently(insert, new)
+            try:
+                return await self.rows.patiently(insert, new)
+            except ConstraintViolated as err:
+                if err.name != "sandboxes_pkey":
+                    raise
+                return await self.rows.patiently(insert, new)  # an earlier try of ours was slow, and has committed
         except (errors.CapsuleError, ConstraintViolated) as err:
             failure = err
         await self._remove_snapshot(new)

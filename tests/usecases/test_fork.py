@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import trio
 
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 from capsule import errors
+from capsule.db.errors import DatabaseUnavailable
 from capsule.model import CreateSandbox, CreateSnapshot, ForkFailure
+from capsule.sandboxes.children import insert
 from capsule.sandboxes.fork import AT_ONCE
 
 
@@ -215,6 +219,35 @@ async def test_the_control_plane_dies_half_way(virtual_clock, world, agent, plan
     assert sorted(getattr(item, "status", "failed") for item in items) == ["failed"] * 2 + ["running"] * 2
     await world.settle(seconds=1200)
     assert agent.snapshots == {}
+
+
+@pytest.mark.parametrize("key", ["key", None])
+async def test_a_commit_that_comes_late(virtual_clock, world, agent, sandbox, nursery, monkeypatch, fork, key):
+    """The database is given up on, and commits beside the next try: its children are ours, and all start."""
+    monkeypatch.setattr("capsule.sandboxes.rows.SETTLE_PAUSE", 0)
+    written = threading.Event()
+
+    class Late:
+        def __getattr__(self, name):
+            return getattr(world.db, name)
+
+        async def transaction(self, fn, *args):
+            if fn is not insert or written.is_set():
+                return await world.db.transaction(fn, *args)
+
+            async def slow(tx, *args):
+                await fn(tx, *args)
+                written.set()
+                await tx.execute("select pg_sleep(0.5)")
+
+            nursery.start_soon(world.db.transaction, slow, *args)
+            await trio.to_thread.run_sync(written.wait)
+            raise DatabaseUnavailable("no answer")
+
+    items = await fork(2, key=key, by=await world.control_plane(db=Late()))
+    assert [item.status for item in items] == ["running"] * 2
+    assert len(agent.vms) == 3
+    assert await world.disagreements() == []
 
 
 async def test_a_fork_of_a_child_of_a_template(virtual_clock, world, agent, plane, sandbox, fork):
