@@ -92,6 +92,11 @@ class PagerClient(Pager):
         answer = await self._call("failure", {"vm_id": vm_id}, self._call_timeout)
         return msgspec.convert(answer.get("failure"), str | None)
 
+    async def damage(self, vm_id: str) -> str | None:
+        """See Pager."""
+        answer = await self._call("failure", {"vm_id": vm_id}, self._call_timeout)
+        return msgspec.convert(answer.get("failure"), str | None) if answer.get("damaged") is True else None
+
     async def statistics(self) -> dict[str, PagerStatistics]:
         """See Pager."""
         answer = await self._call("statistics", {}, self._call_timeout)

@@ -7,6 +7,7 @@ from agent.pager.service import (
     NotPaged,
     PagerError,
     PagerUnavailable,
+    PagingDamaged,
     PagingFailed,
     SnapshotUnreadable,
     SocketRefused,
@@ -22,6 +23,7 @@ _CODES: dict[type[PagerError], FaultCode] = {
     NotPaged: FaultCode.NOT_FOUND,
     ConnectTimeout: FaultCode.DEADLINE_EXCEEDED,
     PagingFailed: FaultCode.INVALID_STATE,
+    PagingDamaged: FaultCode.SNAPSHOT_DAMAGED,
 }
 _ERRORS = {error.__name__: error for error in _CODES}
 

@@ -32,6 +32,7 @@ from agent.pager.service import (
     PagedVm,
     PagerError,
     PagerStatistics,
+    PagingDamaged,
     PagingFailed,
     SocketRefused,
 )
@@ -109,7 +110,7 @@ class Daemon:
         vm = VmPaging(record.vm, self._means, connect_timeout=self._connect_timeout)
         self.vms[record.vm.vm_id] = vm
         if record.failure is not None:
-            return vm.bury(record.failure)
+            return vm.bury(record.failure, damaged=record.damaged)
         try:
             origin = record.served or listen_unix(record.vm.socket, uid=record.vm.uid)
         except OSError as err:
@@ -151,7 +152,7 @@ class Daemon:
                 return {"statistics": None if figures is None else msgspec.to_builtins(figures)}
             case "failure":
                 vm = self.vms.get(str(body["vm_id"]))
-                return {"failure": None if vm is None else vm.failure}
+                return {"failure": vm and vm.failure, "damaged": vm is not None and vm.damaged}
             case "statistics":
                 return {"vms": {vm_id: msgspec.to_builtins(vm.statistics()) for vm_id, vm in self.vms.items()}}
             case _:
@@ -205,7 +206,7 @@ class Daemon:
         if self.vms.get(vm_id) is not vm:
             raise NotPaged(f"the pager has no VM {vm_id}")
         if vm.over is not None:
-            raise PagingFailed(vm.over)
+            raise (PagingDamaged if vm.damaged else PagingFailed)(vm.over)
         if not vm.settled.is_set():
             raise ConnectTimeout(f"the VMM of {vm_id} has not connected in {timeout:g} s")
 

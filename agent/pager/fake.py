@@ -18,6 +18,7 @@ from agent.pager.service import (
     Pager,
     PagerError,
     PagerStatistics,
+    PagingDamaged,
     PagingFailed,
 )
 
@@ -29,6 +30,7 @@ class FakePagedVm:
     vm: PagedVm
     connected: trio.Event = field(default_factory=trio.Event)
     failure: str | None = None
+    damaged: bool = False
     faults: int = 0
     recorded: bool = False
 
@@ -38,7 +40,8 @@ class FakePager(Pager):
 
     - `fail_next(error)`: the next call of any method raises it;
     - `hold_connections = True`: from then on VMMs do not connect by themselves, `connect(vm_id)` does it;
-    - `fail_vm(vm_id, reason)`: what a damaged file does (ending the VM is the test's, there is no process);
+    - `fail_vm(vm_id, reason)`: what a damaged file does, or another trouble (`damaged=False`); ending the VM is the
+      test's, there is no process;
     - `vms`: what it listens for and serves, `recorded`: the ids whose working set was written, in order.
     """
 
@@ -60,10 +63,11 @@ class FakePager(Pager):
         """Do what a guest does that touches memory that is not there yet."""
         self.vms[vm_id].faults += faults
 
-    def fail_vm(self, vm_id: str, reason: str) -> None:
+    def fail_vm(self, vm_id: str, reason: str, *, damaged: bool = True) -> None:
         """Do what the real one does about a fault that it cannot serve."""
         entry = self.vms[vm_id]
-        entry.failure = entry.failure or reason
+        if entry.failure is None:
+            entry.failure, entry.damaged = reason, damaged
         entry.connected.set()
 
     async def listen(self, vm: PagedVm) -> None:
@@ -85,7 +89,7 @@ class FakePager(Pager):
         if self.vms.get(vm_id) is not entry:
             raise NotPaged(f"the pager has no VM {vm_id}")
         if entry.failure is not None:
-            raise PagingFailed(entry.failure)
+            raise (PagingDamaged if entry.damaged else PagingFailed)(entry.failure)
         if not entry.connected.is_set():
             raise ConnectTimeout(f"the VMM of {vm_id} has not connected in {timeout:g} s")
 
@@ -112,6 +116,12 @@ class FakePager(Pager):
         await self._begin()
         entry = self.vms.get(vm_id)
         return None if entry is None else entry.failure
+
+    async def damage(self, vm_id: str) -> str | None:
+        """See Pager."""
+        await self._begin()
+        entry = self.vms.get(vm_id)
+        return entry.failure if entry is not None and entry.damaged else None
 
     async def statistics(self) -> dict[str, PagerStatistics]:
         """See Pager."""

@@ -38,11 +38,13 @@ class Served(msgspec.Struct, frozen=True):
 
 
 class VmRecord(msgspec.Struct, frozen=True):
-    """`served` None: its VMM has not connected. `failure`: why it is not served any more."""
+    """`served` None: its VMM has not connected. `failure`: why it is not served any more; `damaged`: because the
+    snapshot's data is damaged."""
 
     vm: PagedVm
     served: Served | None = None
     failure: str | None = None
+    damaged: bool = False
 
 
 def encode_path(value: object) -> str:

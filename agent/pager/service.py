@@ -49,6 +49,10 @@ class PagingFailed(PagerError):  # noqa: N818 - says what happened
     """The VM is not served any more and never will be; the message is what `Pager.failure` returns."""
 
 
+class PagingDamaged(PagingFailed):
+    """It is not served because the snapshot's data is damaged; the message names the file."""
+
+
 class PagedVm(msgspec.Struct, frozen=True, kw_only=True):
     """A VM about to be restored.
 
@@ -106,7 +110,7 @@ class Pager(Protocol):
     async def wait_connected(self, vm_id: str, *, timeout: float) -> None:  # noqa: ASYNC109 - travels to the process
         """Wait until the VMM is served and the working set is in its memory.
 
-        Raises ConnectTimeout (the VM stays, wait again or release it), PagingFailed and NotPaged.
+        Raises ConnectTimeout (the VM stays, wait again or release it), PagingFailed, PagingDamaged and NotPaged.
         """
         ...
 
@@ -127,6 +131,10 @@ class Pager(Protocol):
 
     async def failure(self, vm_id: str) -> str | None:
         """Why the pager ended this VM (a damaged file, named) or refused it; None while all is well or unknown."""
+        ...
+
+    async def damage(self, vm_id: str) -> str | None:
+        """The same, if the snapshot's data is the reason: None after what only concerns this run of the VM."""
         ...
 
     async def statistics(self) -> dict[str, PagerStatistics]:

@@ -66,6 +66,8 @@ class VmPaging:
         """`reader` becomes ours; None: open the snapshot when it is needed."""
         self.vm = vm
         self.failure: str | None = None
+        self.damaged = False
+        """The failure is the snapshot's, and would be every other run's."""
         self.over: str | None = None
         """Why it is not served any more, also when nothing has failed."""
         self.settled = trio.Event()
@@ -98,8 +100,9 @@ class VmPaging:
                 self.settled.set()
                 self._ended.set()
 
-    def bury(self, failure: str) -> None:
+    def bury(self, failure: str, *, damaged: bool = False) -> None:
         """Instead of `run`: it is over already, for this reason."""
+        self.damaged = damaged
         self.failure = self.over = failure
         self.settled.set()
         self._ended.set()
@@ -130,7 +133,7 @@ class VmPaging:
             snapshot = self._snapshot = self._snapshot or await self._open(origin)
             client = adopt_client(origin) if isinstance(origin, Served) else await self._meet(origin, snapshot)
         except (HandshakeRefused, SnapshotUnreadable) as err:
-            return await self._end(str(err), _pidfd_of(origin))
+            return await self._end(str(err), _pidfd_of(origin), damaged=isinstance(err, SnapshotUnreadable))
         if client is None:
             return await self._gone()
         try:
@@ -165,7 +168,7 @@ class VmPaging:
             try:
                 await self._serve(client, snapshot, served)
             except (FaultUnserved, SnapshotDamaged) as err:
-                await self._end(str(err), os.dup(client.pidfd))
+                await self._end(str(err), os.dup(client.pidfd), damaged=isinstance(err, SnapshotDamaged))
             except Exception:
                 await self._end("the pager failed; its log has the details", os.dup(client.pidfd))
                 log.exception("paging_failed")
@@ -227,13 +230,14 @@ class VmPaging:
         await trio.to_thread.run_sync(self._means.records.forget, self.vm.vm_id)
         log.info("vm_gone", faults=self._figures.faults)
 
-    async def _end(self, reason: str, pidfd: int | None) -> None:
+    async def _end(self, reason: str, pidfd: int | None, *, damaged: bool = False) -> None:
         """Write down why, then kill the VMM: it would wait for a page for ever. `pidfd` becomes ours."""
+        self.damaged = damaged
         self.failure = self.over = reason
         unwritten: OSError | None = None
         try:
             with trio.move_on_after(END_TIMEOUT, shield=True):
-                record = VmRecord(self.vm, failure=reason)
+                record = VmRecord(self.vm, failure=reason, damaged=damaged)
                 await trio.to_thread.run_sync(self._means.records.save, record, abandon_on_cancel=True)
         except OSError as err:
             unwritten = err

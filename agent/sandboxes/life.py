@@ -26,7 +26,7 @@ from agent.sandboxes.made import HOST_PATH, without_paths
 from agent.sandboxes.pausing import WAKE_PATIENCE, leave, pause, wake
 from agent.sandboxes.removal import Ending, Removal
 from agent.sandboxes.rest import Rest
-from agent.sandboxes.resuming import paging_failure, resume
+from agent.sandboxes.resuming import paging_damage, paging_failure, resume
 from agent.sandboxes.starts import Adopted, Rested, Start
 from agent.sandboxes.telling import tell, tell_pause
 from agent.wire.faults import Fault, FaultCode
@@ -167,11 +167,12 @@ class Life:
             if self._made.record.phase == "paused":
                 return  # as it was meant to be
             failure = await paging_failure(self._parts, self._made)
-            log.error("vm_died", reason=reason, paging_failure=failure)
-            if failure is not None and self._made.golden is not None:
+            damaged = await paging_damage(self._parts, self._made) is not None
+            log.error("vm_died", reason=reason, paging_failure=failure, damaged=damaged)
+            if damaged and self._made.golden is not None:
                 self._made.golden.failed()
             said = HOST_PATH.sub("…", reason) if failure is None else without_paths(self._parts, failure)
-            ending = Ending(died=said or "its VM ended", damaged=failure is not None)
+            ending = Ending(died=said or "its VM ended", damaged=damaged)
             nursery.cancel_scope.cancel()
 
         async with trio.open_nursery() as nursery:

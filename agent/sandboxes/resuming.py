@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 import structlog
 import trio
 
-from agent.pager.service import ConnectTimeout, PagedVm, PagerError, PagingFailed, SnapshotUnreadable
+from agent.pager.service import ConnectTimeout, PagedVm, PagerError, PagingDamaged, SnapshotUnreadable
 from agent.sandboxes.greeting import greet
 from agent.sandboxes.made import as_fault, damaged, release_vm, save, spec
 from agent.sandboxes.records import FIRST_DISK, ProcessRecord
@@ -25,6 +25,8 @@ from agent.vmm.driver import VmmError, VmState
 from agent.wire.faults import Fault, FaultCode
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from agent.net.ledger import Slot
     from agent.sandboxes.made import Made
     from agent.sandboxes.parts import HostParts
@@ -162,26 +164,38 @@ async def undo(parts: HostParts, made: Made) -> None:
 
 
 async def explain(parts: HostParts, made: Made, err: Exception, *, task: str) -> Fault:
-    """Why a sandbox did not come out of its snapshot. What the pager saw is the reason for what others saw."""
+    """Why a sandbox did not come out of its snapshot. Damage the pager saw is the reason for what others saw.
+
+    That a VM died, or could not be served this time, says nothing about its snapshot: it can be tried again.
+    """
     fault = err if isinstance(err, Fault) else None
     match err:
-        case SnapshotDamaged() | SnapshotUnreadable() | PagingFailed():
+        case SnapshotDamaged() | SnapshotUnreadable() | PagingDamaged():
             return damaged(parts, str(err))
         case SnapshotMissing() if made.source is None:
             return damaged(parts, f"snapshots/{made.record.base} is missing")
         case ConnectTimeout():
             return as_fault(err, task=task)
-    if (reason := await paging_failure(parts, made)) is not None:
+    if (reason := await paging_damage(parts, made)) is not None:
         return damaged(parts, reason)
     return fault or as_fault(err, task=task)
 
 
 async def paging_failure(parts: HostParts, made: Made) -> str | None:
     """Why the pager ended the VM, if it did."""
+    return await _ask(parts.pager.failure, made)
+
+
+async def paging_damage(parts: HostParts, made: Made) -> str | None:
+    """What of its snapshot is damaged, if the pager ended the VM for that."""
+    return await _ask(parts.pager.damage, made)
+
+
+async def _ask(ask: Callable[[str], Awaitable[str | None]], made: Made) -> str | None:
     if not (made.record.base or made.record.origin):
         return None
     try:
-        return await parts.pager.failure(made.record.sandbox_id)
+        return await ask(made.record.sandbox_id)
     except PagerError as err:
         log.warning("pager_not_asked", error=str(err))
         return None

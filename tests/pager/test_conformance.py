@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from agent.pager.fake import FakePager
-from agent.pager.service import ConnectTimeout, NotPaged, PagingFailed
+from agent.pager.service import ConnectTimeout, NotPaged, PagingDamaged
 
 
 class FakeBench:
@@ -84,6 +84,7 @@ async def test_the_unknown_vm(bench):
         await bench.pager.record_working_set("nobody")
     assert await bench.pager.release("nobody") is None
     assert await bench.pager.failure("nobody") is None
+    assert await bench.pager.damage("nobody") is None
 
 
 async def test_a_failure_is_kept_until_the_release(bench, snapshot):
@@ -94,7 +95,8 @@ async def test_a_failure_is_kept_until_the_release(bench, snapshot):
     await bench.damage("one")
     reason = await pager.failure("one")
     assert "is damaged" in reason
-    with pytest.raises(PagingFailed, match="is damaged"):
+    assert await pager.damage("one") == reason
+    with pytest.raises(PagingDamaged, match="is damaged"):
         await pager.wait_connected("one", timeout=10)
     assert not (await pager.statistics())["one"].connected
     await pager.release("one")

@@ -7,7 +7,7 @@ import signal
 import pytest
 import trio
 
-from agent.pager.service import PagingFailed
+from agent.pager.service import PagingDamaged
 
 PAGE = 4096
 
@@ -46,7 +46,7 @@ async def test_a_damaged_data_file_ends_the_vm_with_its_name(world, snapshot, da
             await trio.sleep(0.01)
     for _ in range(2):
         assert str(path) in await world.client.failure("one")
-        with pytest.raises(PagingFailed, match=str(path)):
+        with pytest.raises(PagingDamaged, match=str(path)):
             await world.client.wait_connected("one", timeout=1)
         await world.kill_pager()
     assert path.read_bytes() == damaged
@@ -70,5 +70,5 @@ async def test_damage_in_the_working_set_ends_the_vm_before_it_runs(world, snaps
     vm = world.vm(snapshot, "two")
     await world.client.listen(vm)
     await world.spawn(vm, 8, 1, "-")
-    with pytest.raises(PagingFailed, match="is damaged"):
+    with pytest.raises(PagingDamaged, match="is damaged"):
         await world.client.wait_connected("two", timeout=10)

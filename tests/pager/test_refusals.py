@@ -73,9 +73,11 @@ async def test_a_wrong_handshake_is_refused_and_leaves_nothing(world, snapshot, 
     os.kill(world.pager_pid(), signal.SIGSTOP)  # so that it looks when everything has been done
     await world.rude(vm, mode)
     os.kill(world.pager_pid(), signal.SIGCONT)
-    with pytest.raises(PagingFailed, match=why):
+    with pytest.raises(PagingFailed, match=why) as caught:
         await world.client.wait_connected("one", timeout=5)
+    assert type(caught.value) is PagingFailed
     assert await world.client.failure("one")
+    assert await world.client.damage("one") is None
     assert not vm.socket.exists()
     assert open_descriptors(world) == before
     await world.client.release("one")

@@ -129,6 +129,21 @@ async def test_memory_that_cannot_be_served(host, autojump_clock, away):
         assert (agent.manager.listing().paused, len(agent.manager.listing().sandboxes)) == ([], 1)
 
 
+async def test_memory_that_was_not_served_for_another_reason(host, autojump_clock):
+    """Its data is well: the VM has died as any other does, and nothing is kept for inspection."""
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        await agent.pause(ONE)
+        await agent.resume(ONE)
+        host.pager.fail_vm(ONE, "there is no memory for a page", damaged=False)
+        host.vms.machine(ONE).die("killed by signal 9")
+        await wait_all_tasks_blocked()
+        assert agent.told() == [(ONE, "died")]
+        (entry,) = agent.outbox.entries()
+        assert "no memory for a page" in entry.reason
+        assert host.directories() == set()
+
+
 def end_by_pager(host):
     host.pager.fail_vm(ONE, f"{host.state.snapshots}/builds/x/data is damaged between bytes 0 and 65536")
     host.vms.machine(ONE).die("killed by signal 9")

@@ -10,7 +10,7 @@ from sandbox_world import create_body, request, sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
 from agent.net.errors import NoFreeSlots
-from agent.pager.service import ConnectTimeout, PagerUnavailable, PagingFailed, SnapshotUnreadable
+from agent.pager.service import ConnectTimeout, PagerUnavailable, PagingDamaged, PagingFailed, SnapshotUnreadable
 from agent.storage import overlay as storage
 from agent.vmm.driver import VmCommandFailed, VmDiskFull
 from agent.wire.calls import HostListing, parse
@@ -370,7 +370,8 @@ RESUME_FAILURES = [
     ("open_tap", OSError(errno.EIO, "bad")),
     ("restore", VmCommandFailed("no")),
     ("restored", ValueError("a bug")),
-    ("wait", PagingFailed("{root}/builds/x/data is damaged")),
+    ("wait", PagingDamaged("{root}/builds/x/data is damaged")),
+    ("wait", PagingFailed("the VMM has ended")),
     ("wait", ConnectTimeout("late")),
     ("resume", VmCommandFailed("no")),
     ("guest", None),
@@ -406,9 +407,10 @@ async def test_a_failing_resume(host, autojump_clock, monkeypatch, step, error):
             monkeypatch.setattr(agent.slots, "acquire", fail)
         with pytest.raises(Fault) as caught:
             await agent.resume(ONE)
-        damaged = isinstance(error, SnapshotUnreadable | PagingFailed)
+        damaged = isinstance(error, SnapshotUnreadable | PagingDamaged)
         assert (caught.value.code == FaultCode.SNAPSHOT_DAMAGED) == damaged
         assert str(host.root) not in caught.value.message
+        assert damaged or caught.value.retryable or not isinstance(error, PagingFailed)
         if damaged:
             assert "/x/" in caught.value.message
         if step == "slot":
