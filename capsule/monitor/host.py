@@ -25,7 +25,7 @@ from capsule.db.queries import audit, sandboxes, templates
 from capsule.hosts.answers import parse_answer
 from capsule.monitor.copies import CopyKeeper
 from capsule.monitor.news import News
-from capsule.monitor.reconcile import Change, DestroyAgain, only_copy, plan, settled, strangers
+from capsule.monitor.reconcile import Change, DestroyAgain, Readdress, only_copy, plan, settled, strangers
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -122,6 +122,8 @@ class HostFollower:
             match step:
                 case Change():
                     await self._apply(step)
+                case Readdress(row=row, host_ip=host_ip):
+                    await self._db.run(sandboxes.correct_address, row.id, row.generation, host_ip)
                 case DestroyAgain(row=row):
                     self._end(row.id, "its row is stopping", endings)
         await self._end_strangers(strangers(rows, listing), {UUID(one) for one in listing.paused}, endings)

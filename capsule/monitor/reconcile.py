@@ -38,7 +38,15 @@ class DestroyAgain:
     row: SandboxRow
 
 
-Step = Change | DestroyAgain
+@dataclass(frozen=True, slots=True)
+class Readdress:
+    """It runs, as the row says, but elsewhere on its host."""
+
+    row: SandboxRow
+    host_ip: str
+
+
+Step = Change | DestroyAgain | Readdress
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,8 @@ def _step(row: SandboxRow, facts: Facts, now: datetime) -> Step | None:
             return _at_rest(row, facts)
         case Status.PAUSED if facts.runs:
             return _running(row, facts, via=Status.RESUMING)
+        case Status.RUNNING if facts.runs:
+            return _readdress(row, facts)
         case Status.PAUSING | Status.RESUMING | Status.MISSING if facts.runs:
             return _running(row, facts)
         case _:
@@ -179,6 +189,12 @@ def _running(row: SandboxRow, facts: Facts, *, via: Status | None = None) -> Cha
     host_ip = None if facts.vm is None else storable_address(facts.vm.host_ip)
     reason = "it could not be paused in time" if row.status == Status.PAUSING else None
     return Change(row, Status.RUNNING, host_ip=host_ip, reason=reason, via=via)
+
+
+def _readdress(row: SandboxRow, facts: Facts) -> Step | None:
+    host_ip = None if facts.vm is None else storable_address(facts.vm.host_ip)
+    known = None if row.host_ip is None else str(row.host_ip)
+    return None if host_ip in {None, known} else Readdress(row, host_ip)
 
 
 def _at_rest(row: SandboxRow, facts: Facts) -> Change:

@@ -90,7 +90,7 @@ class Resumer:
         except Fault as err:
             fault = err
         else:
-            return await self.rows.patiently(_make_true, row.id, storable_address(state.host_ip), trail)
+            return await self.rows.patiently(_make_true, row, storable_address(state.host_ip), trail)
         now = await self.rows.run(sandboxes.get_any, row.id)
         if now is not None and now.generation != row.generation:
             return None
@@ -183,29 +183,29 @@ async def begin(tx: Connection, row: SandboxRow, seconds: float) -> SandboxRow |
     )
 
 
-async def _make_true(tx: Connection, sandbox: UUID, host_ip: str | None, trail: Trail) -> SandboxRow:
-    """The host says that it runs. A row that was told of an auto-pause meanwhile is brought back; so is one that will
-    be: its address is an old one, and its new generation makes nothing of what was seen of it before."""
-    row = found(await sandboxes.get_any(tx, sandbox))
-    ways: dict[str, tuple[Status, ...]] = {Status.PAUSED: (Status.RESUMING, Status.RUNNING)}
-    if host_ip is not None and row.host_ip is not None and host_ip != str(row.host_ip):
-        ways[Status.RUNNING] = (Status.PAUSING, Status.PAUSED, Status.RESUMING, Status.RUNNING)
-    for status in ways.get(row.status, ()):
-        now = await sandboxes.change_status(
+async def _make_true(tx: Connection, row: SandboxRow, host_ip: str | None, trail: Trail) -> SandboxRow | None:
+    """The host says that it runs, as the row did: None when that one changed meanwhile, and what was seen is old. A row
+    that will be told of an auto-pause is brought through it: its address is an old one, and its new generation makes
+    nothing of what was seen of it before."""
+    now = found(await sandboxes.get_any(tx, row.id))
+    if now.generation != row.generation:
+        return None
+    if host_ip is None or row.host_ip is None or host_ip == str(row.host_ip):
+        return now
+    for status in (Status.PAUSING, Status.PAUSED, Status.RESUMING, Status.RUNNING):
+        changed = await sandboxes.change_status(
             tx,
-            row.id,
-            from_status=row.status,
-            generation=row.generation,
+            now.id,
+            from_status=now.status,
+            generation=now.generation,
             to_status=status,
             transition_deadline=datetime.now(UTC) if status in TRANSITIONAL else None,
             host_ip=host_ip if status == Status.RUNNING else None,
         )
-        if now is None:  # the first step: somebody was quicker
-            return found(await sandboxes.get_any(tx, sandbox))
-        if status == Status.PAUSED:
-            reason = {"reason": "its host paused it"}
-            await audit.append_system(tx, row.team_id, row.id, action="pause", status="info", metadata=reason)
-        row = now
-        if status == Status.RUNNING:
-            await record(tx, trail.who, row.id, trail.action, "success", trail.metadata)
-    return row
+        if changed is None:  # the first step: somebody was quicker
+            return None
+        now = changed
+    reason = {"reason": "its host paused it"}
+    await audit.append_system(tx, now.team_id, now.id, action="pause", status="info", metadata=reason)
+    await record(tx, trail.who, now.id, trail.action, "success", trail.metadata)
+    return now

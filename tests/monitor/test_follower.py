@@ -38,6 +38,17 @@ async def test_everything_is_looked_at_once_and_again(virtual_clock, world, agen
     await status(missing.id, "error", INTERVAL + 1)
 
 
+async def test_an_address_that_is_not_the_rows(virtual_clock, world, agent, follow):
+    """It runs as the row says, elsewhere: the row learns where, and nothing else of it changes."""
+    row = await world.insert(agent, "running")
+    agent.add_vm(row.id)
+    agent.vms[str(row.id)]["host_ip"] = "10.11.1.9"
+    await follow()
+    await trio.sleep(1)
+    after = await world.row(row.id)
+    assert (str(after.host_ip), after.generation, after.last_updated) == ("10.11.1.9", row.generation, row.last_updated)
+
+
 async def test_a_burst_of_changes_is_one_look(virtual_clock, world, agent, follow):
     """However many notices come while we look, the next look sees them all."""
     await follow()

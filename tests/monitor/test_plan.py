@@ -92,7 +92,7 @@ def carry_out(steps, rows, listing):
                             status=str(status),
                             generation=after[one.id].generation + 1,
                             transition_deadline=None,
-                            host_ip=None if status == Status.PAUSED else after[one.id].host_ip,
+                            host_ip=None if status == Status.PAUSED else step.host_ip or after[one.id].host_ip,
                         )
             case DestroyAgain(row=one):
                 gone.add(str(one.id))

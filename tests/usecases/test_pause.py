@@ -8,6 +8,7 @@ import trio
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 from capsule import errors
+from capsule.db.errors import DatabaseUnavailable
 
 
 @pytest.fixture
@@ -353,6 +354,40 @@ async def test_the_news_of_an_auto_pause_overtakes_the_resume(virtual_clock, wor
     assert [view.status for view in views] == ["running"]
     agent.outbox.clear()
     assert await world.disagreements() == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_confirmation_that_is_written_late(virtual_clock, world, agent, sandbox, nursery, again):
+    """The host has said that it runs, the database was away, and meanwhile another paused it, and resumed it: what was
+    seen belongs to an earlier life. It is looked at anew."""
+    away = trio.Event()
+
+    class Late:
+        def __getattr__(self, name):
+            return getattr(world.db, name)
+
+        async def transaction(self, fn, *args):
+            if fn.__name__ == "_make_true" and not away.is_set():
+                raise DatabaseUnavailable("away")
+            return await world.db.transaction(fn, *args)
+
+    late, other = await world.control_plane(db=Late()), await world.control_plane()
+    agent.delay, views = 1, []
+
+    async def resume():
+        views.append(await late.sandboxes.resume(world.principal, sandbox))
+
+    nursery.start_soon(resume)
+    await trio.sleep(1)
+    await other.sandboxes.pause(world.principal, sandbox)
+    if again:
+        await other.sandboxes.resume(world.principal, sandbox)
+    away.set()
+    await trio.sleep(3)
+    (view,), row = views, await world.row(sandbox)
+    assert (view.status, row.status) == ("running", "running")
+    assert view.host_ip == str(row.host_ip) == agent.vms[str(sandbox)]["host_ip"]
+    assert len(await trail(world, "pause")) == len(await trail(world, "resume")) == 1
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume"])

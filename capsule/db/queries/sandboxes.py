@@ -178,6 +178,16 @@ async def change_status(
     return one(SandboxRow, record)
 
 
+async def correct_address(tx: Connection, sandbox_id: UUID, generation: int, host_ip: str) -> None:
+    """It runs under another address than was written down; nothing when the row has changed since."""
+    await tx.execute(
+        "update sandboxes set host_ip = $3 where id = $1 and generation = $2 and status = 'running'",
+        sandbox_id,
+        generation,
+        host_ip,
+    )
+
+
 async def hand_over(tx: Connection, sandbox_id: UUID, generation: int) -> None:
     """Nobody works on this row any more: whoever looks after overdue ones may, at once."""
     await tx.execute(
