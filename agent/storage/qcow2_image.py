@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 """The part of a table's entry that is an offset in the file."""
 
+COUNTED_BYTES = CLUSTER_BYTES // 2 * CLUSTER_BYTES
+"""Bytes of the file whose clusters one block of reference counts covers."""
+
 WRITE_LOCK = 101
 """Byte of the file that QEMU locks while it may write to the image (block/file-posix.c: permission byte 100 + 1)."""
 
@@ -69,10 +72,16 @@ class Image:
             raise OverlayBusy(f"a VM has {self.path} open for writing")
 
     def _last_cluster(self) -> int:
-        """Return the number of the highest cluster that has references: counted in blocks of 16-bit integers."""
+        """Return the number of the highest cluster that has references: counted in blocks of 16-bit integers.
+
+        A hostile VMM can write a table of a million entries, so none is followed that counts what lies beyond the file.
+        """
         header = self.header
         table = self._entries(header.refcount_table_offset, header.refcount_table_clusters * CLUSTER_BYTES)
-        for number in range(len(table) - 1, -1, -1):
+        blocks = self.file_bytes // COUNTED_BYTES + 2  # one more than needed: of a write that found the disk full
+        if any(table[blocks:]):
+            raise OverlayDamaged(f"{self.path} is cut off: it counts clusters beyond its {self.file_bytes} bytes")
+        for number in range(min(blocks, len(table)) - 1, -1, -1):
             if table[number]:
                 counts = self._read(self._place(table[number] & OFFSET_MASK), CLUSTER_BYTES).rstrip(b"\0")
                 if counts:

@@ -159,6 +159,27 @@ async def test_what_is_no_regular_file_is_refused(disk, tmp_path):
                 await Qcow2Overlays().freeze(path, 64)
 
 
+async def test_counts_of_what_is_not_there_are_not_read(disk, monkeypatch):
+    """The largest table, whose million entries all name one block of zeros: refused at once, not followed."""
+    table, zeros = disk.stat().st_size // CLUSTER_BYTES + 1, disk.stat().st_size // CLUSTER_BYTES
+    with disk.open("r+b") as file:
+        file.seek(48)
+        file.write(struct.pack(">QI", table * CLUSTER_BYTES, 128))
+        file.seek(table * CLUSTER_BYTES)
+        file.write(struct.pack(">Q", zeros * CLUSTER_BYTES) * (128 * CLUSTER_BYTES // 8))
+    reads = []
+    pread = os.pread
+
+    def count(*arguments):
+        reads.append(arguments)
+        assert len(reads) < 10
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", count)
+    with pytest.raises(OverlayDamaged, match="beyond"):
+        await Qcow2Overlays().freeze(disk, 64)
+
+
 @given(cluster=st.binary(max_size=300), file_bytes=st.integers(0, 1 << 40))
 def test_random_bytes_never_raise_anything_else(cluster, file_bytes):
     """A header or OverlayDamaged, with and without the magic number in front."""
