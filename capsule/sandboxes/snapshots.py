@@ -52,6 +52,7 @@ class Plan:
     id: UUID
     name: str
     source: SandboxRow
+    idempotency_key: str | None
     made: TemplateRow | None = None
 
 
@@ -78,7 +79,7 @@ class Snapshots:
         if request.pause and plan.source.status == Status.RUNNING:
             await self.pauser.pause(principal, request.sandbox)
         with structlog.contextvars.bound_contextvars(sandbox_id=str(request.sandbox), snapshot_id=str(plan.id)):
-            size_bytes = await self._freeze(plan)
+            size_bytes = await self._freeze(principal, plan)
             try:
                 return await self.rows.patiently(_write_down, principal, plan, size_bytes)
             except (errors.NoTeam, errors.QuotaExceeded) as err:
@@ -88,9 +89,10 @@ class Snapshots:
                     raise
                 failure = taken(plan.name)
             await self._remove(_host(plan.source), plan.id)
+            await self._release(principal, plan)
             raise failure
 
-    async def _freeze(self, plan: Plan) -> int:
+    async def _freeze(self, principal: Principal, plan: Plan) -> int:
         """Have the host make it; allocated bytes."""
         question = calls.CreateSnapshot(snapshot_id=str(plan.id), sandbox_id=str(plan.source.id))
         try:
@@ -105,7 +107,18 @@ class Snapshots:
             return min(max(parse_answer(calls.SnapshotState, answer).size_bytes, 0), MAX_BYTES)
         except Fault as fault:
             log.warning("snapshot_not_made", code=fault.code, message=fault.message)
-            raise as_error(fault) from fault
+            if fault.code != FaultCode.INVALID_STATE or fault.details.get("object") != "snapshot":
+                raise as_error(fault) from fault
+        # An earlier request made it and took it back: under this id there will never be one.
+        await self._release(principal, plan)
+        raise errors.Conflict("the snapshot was removed before it became a template; repeat with a new Idempotency-Key")
+
+    async def _release(self, principal: Principal, plan: Plan) -> None:
+        """The key of a snapshot that is gone is good for another one; else a repeat finds out, and comes here."""
+        try:
+            await self.rows.transaction(_release, principal, plan)
+        except errors.DatabaseUnavailable:
+            log.warning("idempotency_key_not_released", snapshot_id=str(plan.id))
 
     async def delete(self, principal: Principal, name: str) -> None:
         """Delete the team's template and tell every host that has a copy; the monitor tells those that are away."""
@@ -162,7 +175,7 @@ async def begin(tx: Connection, principal: Principal, request: CreateSnapshot, k
         if await templates.get_by_name(tx, principal.team_id, name) is not None:
             raise taken(name)
         await _check_room(tx, principal, have)
-    return Plan(id=snapshot, name=name, source=row, made=made)
+    return Plan(id=snapshot, name=name, source=row, idempotency_key=key, made=made)
 
 
 async def _check_room(tx: Connection, principal: Principal, have: int) -> None:
@@ -195,6 +208,11 @@ async def _write_down(tx: Connection, principal: Principal, plan: Plan, size_byt
     metadata = {"name": plan.name, "sandbox_id": f"sb-{plan.source.id}"}
     await record(tx, principal, plan.id, "create", "success", metadata, kind="snapshot")
     return row
+
+
+async def _release(tx: Connection, principal: Principal, plan: Plan) -> None:
+    if plan.idempotency_key is not None and await templates.get_any(tx, plan.id) is None:
+        await idempotency.release(tx, principal.team_id, plan.idempotency_key, plan.id)
 
 
 async def _mark_deleted(tx: Connection, principal: Principal, name: str) -> tuple[UUID, list[UUID]]:

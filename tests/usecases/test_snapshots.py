@@ -152,6 +152,43 @@ async def test_no_more_than_the_team_may_have(virtual_clock, world, agent, plane
     assert await world.disagreements() == []
 
 
+async def test_a_key_whose_snapshot_was_taken_back(virtual_clock, world, agent, plane, freeze):
+    """The name was taken while the host worked: the key is free, and makes a snapshot once the name is."""
+    gate = agent.hold("snapshot.create")
+    async with trio.open_nursery() as nursery:
+
+        async def refused():
+            with pytest.raises(errors.Conflict, match="already"):
+                await freeze(key="key")
+
+        nursery.start_soon(refused)
+        await agent.reached["snapshot.create"].wait()
+        await world.sql(
+            """insert into templates (team_id, name, type, vcpus, memory_mb, disk_mb)
+               values ($1, 'mine', 'snapshot', 1, 1, 1)""",
+            world.principal.team_id,
+        )
+        gate.set()
+    assert agent.snapshots == {}
+    await world.sql("delete from templates where name = 'mine'")
+    await freeze(key="key")
+    assert await world.disagreements() == []
+
+
+async def test_a_key_that_stands_for_a_removed_snapshot(virtual_clock, world, agent, freeze):
+    """Whoever took it back died before the key was free: 409 that says so, once."""
+    agent.faults["snapshot.create"] = Fault(FaultCode.INTERNAL, "bug")
+    with pytest.raises(errors.HostUnavailable):
+        await freeze(key="key")
+    agent.faults.clear()
+    (claim,) = await world.sql("select resource_id from idempotency_keys")
+    agent.removed.add(str(claim["resource_id"]))
+    with pytest.raises(errors.Conflict, match="a new Idempotency-Key"):
+        await freeze(key="key")
+    await freeze(key="key")
+    assert await world.disagreements() == []
+
+
 @pytest.mark.parametrize(
     ("fault", "error"),
     [

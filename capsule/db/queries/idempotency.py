@@ -61,6 +61,13 @@ async def get(tx: Connection, team_id: UUID, key: str) -> IdempotencyRow | None:
     return one(IdempotencyRow, await _fetch(tx, team_id, key, "and created_at >= now() - interval '24 hours'"))
 
 
+async def release(tx: Connection, team_id: UUID, key: str, resource_id: UUID) -> None:
+    """Forget the key, if it stands for this resource, which will never be."""
+    await tx.execute(
+        "delete from idempotency_keys where team_id = $1 and key = $2 and resource_id = $3", team_id, key, resource_id
+    )
+
+
 async def _fetch(tx: Connection, team_id: UUID, key: str, condition: str = "") -> Record | None:
     record: Record | None = await tx.fetchrow(
         f"select {_COLUMNS} from idempotency_keys where team_id = $1 and key = $2 {condition}", team_id, key
