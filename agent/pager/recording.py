@@ -17,7 +17,7 @@ from agent.snapshots.errors import SnapshotError
 from agent.snapshots.pagemap import Mapping, TrackingError, mapped, merge
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from agent.pager.regions import Region
     from agent.snapshots.pagemap import Range
@@ -26,6 +26,9 @@ log = structlog.get_logger()
 
 RECORDED_FAULTS = 1024
 """Faults after which what was touched is no start of a guest any more, but its work: 64 MiB at the most."""
+
+MAX_PREFETCH_BYTES = 64 << 20
+"""Brought in before a VM runs, at most: a guest decides what it touches, and other resumes wait for its working set."""
 
 WORKING_SET = "working-set"
 
@@ -66,9 +69,19 @@ class Recorder:
 
 
 def read_working_set(snapshot: Path) -> tuple[Range, ...]:
-    """The parts that a resume of this snapshot is likely to touch, none if nothing is known. Blocks on the disk."""
+    """The parts that a resume of this snapshot is likely to touch, none if nothing is known.
+
+    At most MAX_PREFETCH_BYTES. Blocks on the disk.
+    """
     known = working_set.read(snapshot / WORKING_SET)
-    return () if known is None else known.ranges()
+    return () if known is None else tuple(_first(known.ranges(), MAX_PREFETCH_BYTES))
+
+
+def _first(ranges: Sequence[Range], most: int) -> Iterator[Range]:
+    for offset, length in ranges:
+        if most > 0:
+            yield offset, min(length, most)
+        most -= length
 
 
 def write_working_set(snapshot: Path, touched: Sequence[Range]) -> None:

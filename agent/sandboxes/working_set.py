@@ -35,14 +35,20 @@ async def record(parts: HostParts, sandbox: Sandbox) -> None:
         await parts.pager.record_working_set(sandbox.id)
         if made.source is not None:
             own, source = UUID(made.record.origin), made.source
-            await trio.to_thread.run_sync(_give_back, parts.snapshots, own, source)
+            keep = made.golden is not None
+            await trio.to_thread.run_sync(lambda: _give_back(parts.snapshots, own, source, keep=keep))
     except (PagerError, OSError) as err:
         log.warning("working_set_not_recorded", error=str(err))
 
 
-def _give_back(store: SnapshotStore, own: UUID, source: UUID) -> None:
-    """What the first run of a copy has shown is as good for the next copies."""
+def _give_back(store: SnapshotStore, own: UUID, source: UUID, *, keep: bool) -> None:
+    """What the first run of a copy has shown is as good for the next copies.
+
+    `keep`: the source serves everybody, so one sandbox after the other must not change what it has; the first may.
+    """
     target = store.snapshot_directory(source)
+    if keep and (target / WORKING_SET).exists():
+        return
     new = target / f".working-set-{uuid4()}"
     with suppress(FileNotFoundError):  # nothing recorded, or the source was removed since
         os.link(store.snapshot_directory(own) / WORKING_SET, new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from agent.pager.recording import RECORDED_FAULTS
+from agent.pager.recording import MAX_PREFETCH_BYTES, RECORDED_FAULTS, read_working_set, write_working_set
 from agent.snapshots import working_set
 
 PAGE = 4096
@@ -95,3 +95,10 @@ async def test_a_guest_that_works_ends_the_recording_by_itself(world, large_snap
     found = recorded(large_snapshot)
     assert RECORDED_FAULTS <= len(found) <= RECORDED_FAULTS + 100
     assert found <= {chunk * 16 + 3 for chunk in chunks}
+
+
+def test_a_large_working_set_is_cut(tmp_path):
+    """What guests touched is theirs to choose, how much is brought in before a VM runs is not."""
+    half = MAX_PREFETCH_BYTES // 2
+    write_working_set(tmp_path, [(0, PAGE), (4 * PAGE, half), (half * 2, half), (half * 4, half)])
+    assert read_working_set(tmp_path) == ((0, PAGE), (4 * PAGE, half), (half * 2, half - PAGE))

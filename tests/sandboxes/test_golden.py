@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
 import pytest
 import trio
 from sandbox_world import create_body, sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
 from agent.sandboxes.golden import LOOK_EVERY, GoldenSnapshots, Shape, parse_shapes
+from agent.sandboxes.working_set import FIRST_TOUCHES
+from agent.snapshots.layout import WORKING_SET
 from agent.wire.faults import Fault
 
 ONE, TWO, THREE, FOUR = (sandbox_id(number) for number in range(1, 5))
@@ -189,6 +193,22 @@ async def test_an_agent_without(host, autojump_clock):
         await agent.create(ONE)
         assert host.vms.machine(ONE).restored_from is None
         assert len(golden(host)) == 1
+
+
+async def test_tenants_do_not_change_what_others_start_with(host, autojump_clock):
+    """The first run of a copy tells what the next ones will touch; a later one has no say."""
+    async with host.agent(golden=maker()) as agent:
+        await wait_all_tasks_blocked()
+        (source,) = golden(host).values()
+        shared = host.store().snapshot_directory(source.id) / WORKING_SET
+        for name in (ONE, TWO):
+            await agent.create(name)
+            own = UUID(agent.manager.find(name).made.record.base)
+            written = host.store().snapshot_directory(own) / ".written"
+            written.write_text(name)
+            written.replace(written.with_name(WORKING_SET))
+            await trio.sleep(FIRST_TOUCHES + 1)
+            assert shared.read_text() == ONE
 
 
 def test_shapes():
