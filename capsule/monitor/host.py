@@ -28,8 +28,6 @@ from capsule.monitor.news import News
 from capsule.monitor.reconcile import Change, DestroyAgain, Readdress, only_copy, plan, settled, strangers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from agent.wire.calls import HostListing, OutboxEntry
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
@@ -141,7 +139,7 @@ class HostFollower:
         entries = sorted(listing.outbox, key=lambda entry: entry.sequence)[:MAX_AT_ONCE]
         if not entries:
             return True
-        rows = await self._db.run(_rows_of, {UUID(entry.sandbox_id) for entry in entries})
+        rows = await self._db.run(sandboxes.get_many, {UUID(entry.sandbox_id) for entry in entries})
         resting = frozenset(listing.paused)
         done: list[OutboxEntry] = []
         for entry in entries:
@@ -162,7 +160,7 @@ class HostFollower:
         self._kept &= found & resting
         first = sorted(found, key=lambda one: (one in resting, one in self._kept, one not in self._strangers, one))
         self._strangers = {one: self._strangers.get(one, now) for one in first[:MAX_AT_ONCE]}
-        rows = await self._db.run(_rows_of, self._strangers.keys()) if self._strangers else {}
+        rows = await self._db.run(sandboxes.get_many, self._strangers.keys()) if self._strangers else {}
         for sandbox, since in self._strangers.items():
             row = rows.get(sandbox)
             if row is not None and row.status not in FINAL and row.host_id == self._host:
@@ -200,11 +198,6 @@ class HostFollower:
 
 async def _upsert_base(tx: Connection, name: str, size_bytes: int) -> None:
     await templates.upsert_base(tx, name=name, size_bytes=min(max(size_bytes, 0), 2**63 - 1))
-
-
-async def _rows_of(connection: Connection, ids: Collection[UUID]) -> dict[UUID, SandboxRow]:
-    found = [await sandboxes.get_any(connection, one) for one in ids]
-    return {row.id: row for row in found if row is not None}
 
 
 async def _change(tx: Connection, step: Change) -> None:

@@ -55,7 +55,9 @@ def child(fork: UUID, number: int) -> UUID:
 
 async def children(tx: Connection, fork: UUID, count: int) -> list[SandboxRow]:
     """Every child of a fork that was written down, in their order."""
-    return [found(await sandboxes.get_any(tx, child(fork, number))) for number in range(count)]
+    ids = [child(fork, number) for number in range(count)]
+    rows = await sandboxes.get_many(tx, ids)
+    return [found(rows.get(one)) for one in ids]
 
 
 async def admit(tx: Connection, principal: Principal, request: ForkRequest) -> SandboxRow:

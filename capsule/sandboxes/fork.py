@@ -44,6 +44,7 @@ log = structlog.get_logger()
 
 AT_ONCE = 8
 """Children of one fork that start at the same time."""
+MAX_REPLAY_PAUSE = 2.0
 MAX_SECONDS = 600.0
 """For all children together; less than the grace after which the monitor collects their snapshot."""
 
@@ -162,13 +163,15 @@ class Forker:
         """What became of the children of an earlier request: whoever makes them, or the monitor, brings each to its
         end."""
         deadline = trio.current_time() + MAX_SECONDS + self.settings.pause_timeout
+        pause = REPLAY_PAUSE
         while True:
             rows = await self.rows.run(children, fork, count)
             if not any(row.status in {Status.PENDING, Status.STARTING} for row in rows):
                 return [_item(row) for row in rows]
             if trio.current_time() >= deadline:
                 raise errors.Busy("the sandboxes are still being made; ask again", retry_after=5)
-            await trio.sleep(REPLAY_PAUSE)
+            await trio.sleep(pause)
+            pause = min(2 * pause, MAX_REPLAY_PAUSE)
 
 
 def _item(row: SandboxRow) -> Forked:

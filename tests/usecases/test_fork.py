@@ -12,7 +12,7 @@ from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.errors import DatabaseUnavailable
 from capsule.model import CreateSandbox, CreateSnapshot, ForkFailure
-from capsule.sandboxes.children import insert
+from capsule.sandboxes.children import children, insert
 from capsule.sandboxes.fork import AT_ONCE
 
 
@@ -153,6 +153,34 @@ async def test_repeated_with_its_key(virtual_clock, world, agent, plane, fork):
     assert agent.snapshots == {}
     with pytest.raises(errors.IdempotencyKeyReused):
         await fork(5, key="key")
+
+
+async def test_a_repeat_asks_seldom(virtual_clock, world, agent, sandbox, fork):
+    """One statement at a time for all children, and fewer the longer it takes."""
+    statements = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(world.db, name)
+
+        async def run(self, fn, *args):
+            async def counted(connection, *args):
+                class Counted:
+                    def __getattr__(self, name):
+                        statements.append(name)
+                        return getattr(connection, name)
+
+                return await fn(Counted(), *args)
+
+            return await world.db.run(counted if fn is children else fn, *args)
+
+    other = await world.control_plane(db=Counting())
+    agent.delay = 60
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fork, 4, "key")
+        await trio.sleep(61)
+        assert [item.status for item in await fork(4, key="key", by=other)] == ["running"] * 4
+    assert 10 < len(statements) < 40
 
 
 async def test_a_repeat_tells_of_failures_too(virtual_clock, world, agent, fork):

@@ -107,6 +107,12 @@ async def get_any(tx: Connection, sandbox_id: UUID) -> SandboxRow | None:
     return one(SandboxRow, await tx.fetchrow(f"select {_COLUMNS} from sandboxes where id = $1", sandbox_id))
 
 
+async def get_many(tx: Connection, ids: Collection[UUID]) -> dict[UUID, SandboxRow]:
+    """Those of these that there are, of any team."""
+    records = await tx.fetch(f"select {_COLUMNS} from sandboxes where id = any($1)", list(ids))
+    return {row.id: row for row in many(SandboxRow, records)}
+
+
 async def list_page(
     tx: Connection,
     team_id: UUID,
