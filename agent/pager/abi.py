@@ -10,6 +10,7 @@ import errno
 import fcntl
 import mmap
 import os
+import select
 import socket
 import struct
 from pathlib import Path
@@ -71,6 +72,8 @@ class Userfault:
         self.fd = fd
         self._copy = bytearray(_COPY.size)
         self._no_wait = True
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
 
     def close(self) -> None:
         """Let go of it. The VMM's own descriptor keeps the memory registered."""
@@ -80,7 +83,8 @@ class Userfault:
         """Read what events there are, whole ones, into `buffer`; how many bytes. Raises BlockingIOError, OSError.
 
         The other process shares the descriptor's flags and could make it a blocking one, which would stop the pager:
-        so the kernel is told for each call not to wait, where it can be (Linux 6.10).
+        so the kernel is told for each call not to wait, where it can be (Linux 6.10). Before that, one that was made a
+        blocking one is an OSError.
         """
         if self._no_wait:
             try:
@@ -89,6 +93,13 @@ class Userfault:
                 if err.errno != errno.EOPNOTSUPP:
                     raise
                 self._no_wait = False
+        # A race remains: a VMM that clears the flag and withdraws its last fault between these calls and the read has
+        # us wait for its next one; the supervisor then ends us for hanging, and our successor adopts the other VMs.
+        ready = self._poll.poll(0)
+        if os.get_blocking(self.fd):
+            raise OSError(errno.EINVAL, "it was made a blocking one")
+        if not ready:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return os.readv(self.fd, [buffer])
 
     def copy(self, address: int, source: int, length: int, mode: int) -> tuple[int, int]:
