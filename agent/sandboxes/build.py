@@ -45,7 +45,7 @@ async def _start_golden(
         await start_from(parts, made, golden.id, envs=envs, nursery=nursery)
     except Fault as fault:
         log.warning("golden_start_failed", golden=str(golden.id), code=fault.code, message=fault.message)
-        if fault.code != FaultCode.NO_CAPACITY:
+        if fault.code in {FaultCode.SNAPSHOT_DAMAGED, FaultCode.NOT_FOUND}:
             golden.failed()
     else:
         return True

@@ -66,6 +66,8 @@ class GoldenSnapshots:
         self._ids: OrderedDict[str, UUID] = OrderedDict()  # least recently used first
         self._wanted: OrderedDict[str, Record] = OrderedDict()
         self._failures: dict[str, int] = {}
+        self._forgotten: dict[str, UUID] = {}
+        self._unwanted: set[str] = set()
         self._asked = trio.Event()
 
     def find(self, record: Record) -> Golden | None:
@@ -84,6 +86,8 @@ class GoldenSnapshots:
         while True:
             await self._look()
             self._asked = trio.Event()
+            unwanted, self._unwanted = self._unwanted, set()
+            await drop_snapshots(self._parts, unwanted)
             for key, record in list(self._wanted.items()):
                 del self._wanted[key]
                 if key not in self._ids and self._failures.get(key, 0) < MAX_FAILURES:
@@ -117,10 +121,17 @@ class GoldenSnapshots:
             self._asked.set()
 
     def _failed(self, key: str, name: UUID) -> None:
-        """It could not be used: forget it, and make another. Its files stay as they are until the next agent comes."""
-        if self._ids.get(key) == name:
-            log.warning("golden_forgotten", golden=str(name))
-            del self._ids[key]
+        """It is damaged: forget it, and make another, up to MAX_FAILURES. Its files stay for whoever wants to look,
+        until the next agent comes or another one of the key is damaged."""
+        if self._ids.get(key) != name:
+            return
+        log.warning("golden_forgotten", golden=str(name))
+        del self._ids[key]
+        self._failures[key] = self._failures.get(key, 0) + 1
+        if key in self._forgotten:
+            self._unwanted.add(str(self._forgotten[key]))
+            self._asked.set()
+        self._forgotten[key] = name
 
     async def _try(self, key: str, record: Record, admission: Admission) -> None:
         free_mb = await trio.to_thread.run_sync(free_disk_mb, self._parts.state.root)

@@ -9,7 +9,7 @@ import trio
 from sandbox_world import create_body, sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
-from agent.sandboxes.golden import LOOK_EVERY, GoldenSnapshots, Shape, parse_shapes
+from agent.sandboxes.golden import LOOK_EVERY, MAX_FAILURES, GoldenSnapshots, Shape, parse_shapes
 from agent.sandboxes.working_set import FIRST_TOUCHES
 from agent.snapshots.layout import WORKING_SET
 from agent.wire.faults import Fault
@@ -97,7 +97,7 @@ async def test_another_vmm(host, autojump_clock, monkeypatch):
 
 @pytest.mark.parametrize("how", ["vm.state", "mem.header", "gone", "restore"])
 async def test_one_that_cannot_be_used(host, autojump_clock, how):
-    """The create boots, the golden one is forgotten and made anew; nothing is left of the try."""
+    """The create boots, a damaged golden one is forgotten and made anew; nothing is left of the try."""
     async with host.agent(golden=maker()) as agent:
         await wait_all_tasks_blocked()
         (before,) = golden(host).values()
@@ -114,9 +114,41 @@ async def test_one_that_cannot_be_used(host, autojump_clock, how):
         assert agent.manager.find(ONE).made.record.base == ""
         await trio.sleep(LOOK_EVERY + 1)
         assert len(golden(host)) == 1
+        assert (before.id in {one.id for one in golden(host).values()}) == (how == "restore")
         await agent.create(TWO)
         assert host.vms.machine(TWO).restored_from is not None
         assert agent.statuses() == {ONE: "running", TWO: "running"}
+
+
+async def test_one_that_is_damaged_again_and_again(host, autojump_clock):
+    """Of those that were forgotten one stays for inspection, and after a few no more is made."""
+    async with host.agent(golden=maker()) as agent:
+        await wait_all_tasks_blocked()
+        for number in range(MAX_FAILURES + 1):
+            found = {one.id for one in host.store().list()}
+            for each in found:
+                state = host.store().snapshot_directory(each) / "vm.state"
+                state.chmod(0o600)
+                state.write_bytes(b"damaged")
+            name = sandbox_id(10 + number)
+            await agent.create(name)
+            assert host.vms.machine(name).restored_from is None
+            await trio.sleep(LOOK_EVERY + 1)
+            assert len(list(host.store().list())) == (1 if number >= MAX_FAILURES - 1 else 2)
+
+
+async def test_a_vm_that_could_not_be_served(host, autojump_clock):
+    """A tenant can have that as often as it likes: the golden snapshot is used on, and no other is made."""
+    async with host.agent(golden=maker()) as agent:
+        await wait_all_tasks_blocked()
+        before = {one.id for one in golden(host).values()}
+        await agent.create(ONE)
+        host.pager.fail_vm(ONE, "the VMM does with its memory what cannot be followed", damaged=False)
+        host.vms.machine(ONE).die("killed by signal 9")
+        await trio.sleep(LOOK_EVERY + 1)
+        await agent.create(TWO)
+        assert host.vms.machine(TWO).restored_from is not None
+        assert {one.id for one in golden(host).values()} == before
 
 
 async def test_nobody_waits_for_it(host, autojump_clock):
