@@ -26,6 +26,7 @@ from agent.sandboxes.removal import disks, forget
 from agent.vmm.driver import Vm, VmmError, VmProcess
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from agent.net.ledger import Slot
@@ -87,6 +88,7 @@ async def adopt_all(parts: HostParts) -> Found:
         await adoption.take(sandbox_id, record, processes.pop(parts.state.directory(sandbox_id), None))
     for directory, process in processes.items():
         await _kill_stray(parts, directory, process)
+    adoption.stuck |= await _end_hidden(parts, records.keys(), adoption.alive.keys())
     await parts.vms.remove_leftovers()
     leases = parts.slots.adopt(number for number in adoption.alive.keys() | adoption.stuck if number in SLOT_NUMBERS)
     found = adoption.found
@@ -112,8 +114,7 @@ class _Adoption:
         if record is None and await trio.to_thread.run_sync(self._is_paused_perhaps, sandbox_id):
             log.error("sandbox_kept_for_inspection", sandbox_id=sandbox_id, reason="its record cannot be read")
             self.kept[sandbox_id] = None
-            if process is not None:
-                await self._end(sandbox_id, process)
+            await self._end(sandbox_id, None, process)
         elif record is not None and record.phase in {"paused", "damaged"}:
             await self._keep(record, process)
         elif (
@@ -137,7 +138,7 @@ class _Adoption:
     async def _keep(self, record: Record, process: VmProcess | None) -> None:
         """Of a sandbox without a VM nothing is left but its record and its snapshot."""
         self.kept[record.sandbox_id] = record
-        ended = process is None or await self._end(record.sandbox_id, process)
+        ended = await self._end(record.sandbox_id, record, process)
         if not ended:
             self.stuck.add(record.slot)
         if record.phase == "damaged":
@@ -152,9 +153,9 @@ class _Adoption:
                 log.warning("directory_not_tidied", sandbox_id=record.sandbox_id, error=str(err))
         self.found.resting.append(record)
 
-    async def _end(self, sandbox_id: str, process: VmProcess) -> bool:
+    async def _end(self, sandbox_id: str, record: Record | None, process: VmProcess | None) -> bool:
         try:
-            await self._parts.vms.kill_process(process)
+            await _end_vm(self._parts, record, process)
         except VmmError as err:
             log.error("leftover_not_collected", sandbox_id=sandbox_id, error=str(err))  # noqa: TRY400
             return False
@@ -196,8 +197,8 @@ async def _collect(parts: HostParts, sandbox_id: str, record: Record | None, pro
     """Remove what is left of one sandbox; False when it would not go."""
     log.info("leftover_collected", sandbox_id=sandbox_id, vm=process is not None)
     try:
+        await _end_vm(parts, record, process)
         if process is not None:
-            await parts.vms.kill_process(process)
             await release_pager(parts, sandbox_id)
         if record is not None:
             for name in disks(record):
@@ -209,6 +210,30 @@ async def _collect(parts: HostParts, sandbox_id: str, record: Record | None, pro
         log.error("leftover_not_collected", sandbox_id=sandbox_id, error=str(err))  # noqa: TRY400
         return False
     return True
+
+
+async def _end_vm(parts: HostParts, record: Record | None, process: VmProcess | None) -> None:
+    """End a sandbox's VM: the process that looks like it, and the one that was noted. Raises VmmError.
+
+    Two, as a VMM that its guest has taken over can look like anything, and a note may not have been written.
+    """
+    recorded = None if record is None else record.process
+    if recorded is not None:
+        await parts.vms.kill_process(VmProcess(recorded.pid, recorded.start_time))
+    if process is not None:
+        await parts.vms.kill_process(process)
+
+
+async def _end_hidden(parts: HostParts, known: Collection[str], alive: Collection[int]) -> set[int]:
+    """End what still runs as the user of a slot that no adopted VM has; returns slots whose user is not free yet.
+
+    The next tenant of such a slot would be the same user, and so be at the mercy of what is there.
+    """
+    users = {parts.uid_base + number for number in SLOT_NUMBERS if number not in alive}
+    busy = {user - parts.uid_base for user in await parts.vms.end_users(users, known)}
+    if busy:
+        log.error("slots_withheld", slots=sorted(busy), reason="processes run as their users; end them, then restart")
+    return busy
 
 
 async def _kill_stray(parts: HostParts, directory: Path, process: VmProcess) -> None:

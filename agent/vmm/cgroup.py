@@ -76,6 +76,17 @@ class CgroupTree:
             return
         log.warning("cgroup_not_removed", group=str(group), error="still busy")
 
+    def group_of(self, pid: int) -> str | None:
+        """Return the name of the group of ours that a process is in, None if in none: only root can change that."""
+        if self._mount is None:
+            return None
+        try:
+            lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        except OSError:
+            return None
+        path = next((Path(line.removeprefix("0::")) for line in lines if line.startswith("0::/")), Path("/"))
+        return path.name if self._mount / path.parent.relative_to("/") == self._parent else None
+
     def remove_empty(self) -> None:
         """Remove every group that has no process; those in use stay."""
         if self._parent is not None and self._parent.is_dir():

@@ -13,7 +13,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Container
 
 MAX_CONSOLE_BYTES = 64 * 1024
 """How much of a guest's console is kept, in memory: plenty for a kernel's last words, nothing for a flood."""
@@ -274,11 +277,23 @@ class VmDriver(Protocol):
         """Return every VMM process whose private directory lies under `root`, by directory.
 
         Reads the process table, not our records: it also finds what an agent started and did not live to write down.
+        A VMM that its guest has taken over can hide from it: that one is not found is no sign that it has ended.
         """
         ...
 
     async def kill_process(self, process: VmProcess) -> None:
-        """End a VMM process of which only the identity is known; harmless if it has gone. Raises VmWillNotDie."""
+        """End a VMM process of which only the identity is known, whatever it looks like; harmless if it has gone.
+
+        Raises VmWillNotDie.
+        """
+        ...
+
+    async def end_users(self, users: Container[int], sandboxes: Container[str]) -> set[int]:
+        """End processes that run as one of `users` for one of `sandboxes`; return the users that still have any.
+
+        For VMMs that hide: their user is what they cannot change. Processes of others are left alone, but their users
+        are returned, too: nobody else may become such a user.
+        """
         ...
 
     async def remove_leftovers(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,7 +32,7 @@ from agent.vmm.driver import (
 from agent.vmm.fake_machine import FakeMachine
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Container
 
 FIRST_PID = 2**22 + 1
 """Above the kernel's highest possible pid: a fake identity can never name a real process."""
@@ -206,7 +206,7 @@ class FakeVmDriver(VmDriver):
         """See VmDriver."""
         await trio.lowlevel.checkpoint()
         machine = self.machines.get(process)
-        if machine is None or machine.ended.is_set() or machine.spec.sandbox_id != spec.sandbox_id:
+        if machine is None or machine.ended.is_set() or machine.hidden or machine.spec.sandbox_id != spec.sandbox_id:
             return None
         return FakeVm(machine, self._faults) if machine.spec.directory == spec.directory else None
 
@@ -215,7 +215,7 @@ class FakeVmDriver(VmDriver):
         return {
             machine.spec.directory: machine.process
             for machine in self._running()
-            if machine.spec.directory.is_relative_to(root)
+            if machine.spec.directory.is_relative_to(root) and not machine.hidden
         }
 
     async def kill_process(self, process: VmProcess) -> None:
@@ -223,6 +223,15 @@ class FakeVmDriver(VmDriver):
         await trio.lowlevel.checkpoint()
         if (machine := self.machines.get(process)) is not None:
             _kill(machine)
+
+    async def end_users(self, users: Container[int], sandboxes: Container[str]) -> set[int]:
+        """See VmDriver."""
+        await trio.lowlevel.checkpoint()
+        for machine in self._running():
+            if machine.spec.uid in users and machine.spec.sandbox_id in sandboxes:
+                with suppress(VmWillNotDie):
+                    _kill(machine)
+        return {machine.spec.uid for machine in self._running() if machine.spec.uid in users}
 
     async def remove_leftovers(self) -> None:
         """See VmDriver."""

@@ -45,6 +45,8 @@ class FakeMachine:
         self.restored_from = restored_from
         self.console = ""
         self.unkillable = False
+        self.hidden = False
+        """Whether its guest has taken it over, and it does not look like a VMM in the process table any more."""
         self.ended = trio.Event()
         self.reason = ""
         self.counter = 0

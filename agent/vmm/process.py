@@ -19,7 +19,7 @@ from agent.vmm.driver import VmProcess, VmStatistics
 from agent.vmm.namespace import start_inside
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Container, Iterable, Iterator, Sequence
 
 PROC = Path("/proc")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -239,6 +239,34 @@ def processes() -> Iterator[Candidate]:
     for entry in PROC.iterdir():
         if entry.name.isdecimal() and (candidate := inspect(int(entry.name))) is not None:
             yield candidate
+
+
+def users_of(pid: int) -> frozenset[int]:
+    """Return the users a process runs as: real, effective, saved, and for files. Empty if it has gone.
+
+    Unlike its directory and its arguments they cannot be changed by the process, unless it has privileges.
+    """
+    try:
+        lines = (PROC / str(pid) / "status").read_text(errors="replace").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return frozenset()
+    return frozenset(int(user) for line in lines if line.startswith("Uid:") for user in line.split()[1:])
+
+
+def processes_of(users: Container[int]) -> Iterator[tuple[int, VmProcess]]:
+    """Return every process that runs as one of these users, with that user. Those that have ended do not count.
+
+    What /proc says of a process' state is not asked: one whose first thread has ended looks like a zombie.
+    """
+    for entry in PROC.iterdir():
+        if not entry.name.isdecimal():
+            continue
+        pid = int(entry.name)
+        if not any(user in users for user in users_of(pid)):
+            continue
+        identity = read_identity(pid)
+        if identity is not None and WatchedProcess.open(identity) is not None:
+            yield from ((user, identity) for user in users_of(pid) if user in users)
 
 
 def _link(path: Path) -> Path:

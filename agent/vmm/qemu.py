@@ -16,7 +16,7 @@ import trio
 from agent.vmm.cgroup import CgroupTree
 from agent.vmm.driver import VmDriver, VmmUnavailable, VmProcess, VmSpec, VmStartFailed, VmState, VmWillNotDie
 from agent.vmm.kvm import kvm_group, probe_kvm
-from agent.vmm.process import Candidate, WatchedProcess, inspect, processes
+from agent.vmm.process import Candidate, WatchedProcess, inspect, processes, processes_of, users_of
 from agent.vmm.qemu_command import NAME_PREFIX, Accelerator
 from agent.vmm.qemu_launch import USERFAULTFD, Launcher
 from agent.vmm.qemu_vm import KILL_TIMEOUT, QemuVm, end
@@ -25,7 +25,7 @@ from agent.vmm.tsc import tsc_khz
 from agent.vmm.vmm_log import VmmLog
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Container
 
 log = structlog.get_logger()
 
@@ -126,13 +126,23 @@ class QemuDriver(VmDriver):
     async def kill_process(self, process: VmProcess) -> None:
         """See VmDriver."""
         watched = WatchedProcess.open(process)
-        found = inspect(process.pid)
-        if watched is None or found is None:
+        if watched is None:
             return
-        sandbox_id = _sandbox_of(found)
-        if sandbox_id is None or found.identity != process:
-            raise VmWillNotDie(f"process {process.pid} is not a QEMU of ours; it is left alone")
-        await end(watched, self._cgroups, sandbox_id)
+        if 0 in users_of(process.pid):
+            raise VmWillNotDie(f"process {process.pid} runs as root, so it is no VM; it is left alone")
+        await end(watched, self._cgroups, self._cgroups.group_of(process.pid))
+
+    async def end_users(self, users: Container[int], sandboxes: Container[str]) -> set[int]:
+        """See VmDriver. Whose a process is, is told by its control group."""
+        for _user, process in await trio.to_thread.run_sync(_list_processes, users):
+            if self._cgroups.group_of(process.pid) in sandboxes:
+                try:
+                    await self.kill_process(process)
+                except VmWillNotDie as error:
+                    log.warning("hidden_vm_not_killed", pid=process.pid, error=str(error))
+                else:
+                    log.warning("hidden_vm_killed", pid=process.pid)
+        return {user for user, _process in await trio.to_thread.run_sync(_list_processes, users)}
 
     async def remove_leftovers(self) -> None:
         """See VmDriver."""
@@ -211,8 +221,15 @@ async def _choose_accelerator() -> tuple[Accelerator, tuple[int, ...]]:
     return Accelerator("tcg", tsc_khz=await trio.to_thread.run_sync(tsc_khz)), ()
 
 
+def _list_processes(users: Container[int]) -> list[tuple[int, VmProcess]]:
+    return list(processes_of(users))
+
+
 def _sandbox_of(found: Candidate) -> str | None:
-    """Return the sandbox a process is the VM of, None if it is not a QEMU of ours."""
+    """Return the sandbox a process says it is the VM of, None if it does not look like a QEMU of ours.
+
+    A guest that has taken its VMM over can have it look like anything: good for finding VMs, not for missing them.
+    """
     if not found.program.startswith("qemu-system"):
         return None
     for option, value in pairwise(found.arguments):

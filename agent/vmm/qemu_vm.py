@@ -247,16 +247,17 @@ class QemuVm(Vm):
         return f"{self._ending}; its console ends: {console}" if console else self._ending
 
 
-async def end(process: WatchedProcess, cgroups: CgroupTree, sandbox_id: str) -> None:
-    """Kill a QEMU and remove its control group; see Vm.kill. Raises VmWillNotDie."""
+async def end(process: WatchedProcess, cgroups: CgroupTree, group: str | None) -> None:
+    """Kill a QEMU and remove its control group, if it has one; see Vm.kill. Raises VmWillNotDie."""
     with trio.move_on_after(KILL_TIMEOUT, shield=True):
         process.kill()
         await process.wait()
     if not process.has_exited():
         pid = process.identity.pid
         raise VmWillNotDie(f"QEMU (pid {pid}) is still there {KILL_TIMEOUT:g} s after SIGKILL")
-    with trio.move_on_after(KILL_TIMEOUT, shield=True):
-        await trio.to_thread.run_sync(cgroups.remove, sandbox_id)
+    if group is not None:
+        with trio.move_on_after(KILL_TIMEOUT, shield=True):
+            await trio.to_thread.run_sync(cgroups.remove, group)
 
 
 def _ending(event: dict[str, Any]) -> str | None:

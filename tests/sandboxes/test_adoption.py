@@ -154,6 +154,43 @@ async def test_a_vm_whose_directory_has_gone(host, autojump_clock):
         assert agent.statuses() == {}
 
 
+@pytest.mark.parametrize("phase", ["running", "removing", "paused", "damaged"])
+async def test_a_vm_that_hides_is_ended_all_the_same(host, autojump_clock, phase):
+    """Taken over by its guest, it does not look like a VMM any more: ended before its slot, and user, are another's."""
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        await agent.create(TWO)
+        agent.kill()
+    machine = host.vms.machine(ONE)
+    machine.hidden = True
+    if phase != "running":
+        host.change_record(ONE, phase=phase)
+    if phase == "paused":
+        host.change_record(ONE, process=None)  # as a pause's last record has it
+    async with host.agent() as agent:
+        assert machine.ended.is_set()
+        assert host.running() == {TWO}
+        assert agent.slots.statistics().in_use == 1
+
+
+@pytest.mark.parametrize("noted", [True, False])
+async def test_a_hidden_vm_that_will_not_die_keeps_its_slot(host, autojump_clock, noted):
+    """Nobody else becomes its user; whether its record names the process or not."""
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        slot = host.state.load()[ONE].slot
+        agent.kill()
+    machine = host.vms.machine(ONE)
+    machine.hidden = machine.unkillable = True
+    if not noted:
+        host.change_record(ONE, process=None)
+    async with host.agent() as agent:
+        assert agent.slots.statistics().in_use == 1
+        await agent.create(TWO)
+        await agent.create(THREE)
+        assert slot not in {host.state.load()[name].slot for name in (TWO, THREE)}
+
+
 async def test_an_adoption_that_fails_for_one(host, autojump_clock):
     """A leftover that cannot be removed stays, with its slot, for the next start."""
     async with host.agent() as agent:

@@ -491,6 +491,10 @@ class Vms(FakeVmDriver):
         await super().kill_process(process)
         self._host.step("killed_process")
 
+    async def end_users(self, users, sandboxes):
+        self._host.step("end_users")
+        return await super().end_users(users, sandboxes)
+
     async def remove_leftovers(self):
         self._host.step("remove_leftovers")
 
