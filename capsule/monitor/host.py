@@ -63,6 +63,8 @@ class HostFollower:
         self._kept: set[UUID] = set()
         self._ending: set[UUID] = set()
         self._copies = CopyKeeper(host, db, links)
+        self.listed_at = trio.current_time()
+        """When its last listing came; at first, when we began."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -116,6 +118,7 @@ class HostFollower:
         copies = await self._copies.read()
         answer = await self._links.call(self._host, "host.list", {}, timeout=CALL_TIMEOUT)
         listing = parse_answer(calls.HostListing, answer)
+        self.listed_at = trio.current_time()
         for step in plan(rows, listing, datetime.now(UTC)):
             match step:
                 case Change():

@@ -41,6 +41,8 @@ OVERDUE_MARGIN = timedelta(seconds=10)
 HEARTBEAT_MARGIN = 10.0
 """Seconds a heartbeat may take. When all control planes were away, nobody could be heard: silence counts only after one
 interval, and this, of listening."""
+LISTED_WITHIN = 30.0
+"""Seconds since its last listing in which a host without heartbeats is not taken for one that is away."""
 AFTER_A_BUG = RestartPolicy(restarts=5, within=120.0)
 """Beyond that the control plane ends: one that looks after nothing must not look well."""
 BECOMES_MISSING = frozenset({Status.RUNNING, Status.PAUSING, Status.RESUMING})
@@ -53,7 +55,7 @@ class Monitor:
         self._db = db
         self._links = links
         self._settings = settings
-        self._followers: dict[UUID, trio.CancelScope] = {}
+        self._followers: dict[UUID, tuple[trio.CancelScope, HostFollower]] = {}
         self._listens_since = 0.0
         self.leading = False
         self._nudged = trio.Event()
@@ -108,6 +110,8 @@ class Monitor:
         for host in live:
             if (status := self._verdict(host)) != host.status:
                 await self._write(_mark, host, status)
+            elif host.status == "unreachable" and not self._lists(host.id):
+                await self._write(_sweep, host)
         for row in await self._db.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
             await self._write(_end_overdue, row)
         await self._write(idempotency.prune)
@@ -121,10 +125,16 @@ class Monitor:
     def _follow(self, live: list[HostRow], nursery: trio.Nursery) -> None:
         ids = {host.id for host in live}
         for host in ids - self._followers.keys():
-            scope = self._followers[host] = trio.CancelScope()
-            nursery.start_soon(_run_in, scope, HostFollower(host, self._db, self._links))
+            scope, follower = self._followers[host] = trio.CancelScope(), HostFollower(host, self._db, self._links)
+            nursery.start_soon(_run_in, scope, follower)
         for host in self._followers.keys() - ids:
-            self._followers.pop(host).cancel()
+            scope, _ = self._followers.pop(host)
+            scope.cancel()
+
+    def _lists(self, host: UUID) -> bool:
+        """Whether a host that does not beat tells us all the same what it has: its follower keeps its rows true."""
+        _, follower = self._followers[host]
+        return trio.current_time() - follower.listed_at < LISTED_WITHIN
 
     def _verdict(self, host: HostRow) -> str:
         """The status a host should have: one that is silent is unreachable, one that is heard again is online."""
@@ -167,9 +177,14 @@ async def _mark(tx: Connection, host: HostRow, status: str) -> None:
     )
     log.warning("host_status", host_id=str(host.id), status=status)
     if down:
-        for row in await sandboxes.on_host(tx, host.id):
-            if row.status in BECOMES_MISSING:
-                await _change(tx, row, Status.MISSING, f"its host was last heard at {host.last_heartbeat}")
+        await _sweep(tx, host)
+
+
+async def _sweep(tx: Connection, host: HostRow) -> None:
+    """Nobody knows of the sandboxes of a host that is away; also of those that somebody brought there a moment late."""
+    for row in await sandboxes.on_host(tx, host.id):
+        if row.status in BECOMES_MISSING:
+            await _change(tx, row, Status.MISSING, f"its host was last heard at {host.last_heartbeat}")
 
 
 async def _end_overdue(tx: Connection, row: SandboxRow) -> None:

@@ -81,6 +81,40 @@ async def test_a_host_falls_silent_and_comes_back(virtual_clock, world, agent, b
     assert {(await world.row(one.id)).status for one in (dies, forgotten)} == {"error"}
 
 
+async def test_a_row_that_comes_late_to_a_host_that_is_away(virtual_clock, world, agent, beats, eventually):
+    """Written after the host was marked: `missing`, too."""
+    await world.control_plane(monitor=True)
+    agent.cut_off()
+
+    async def unreachable():
+        return await host_status(world, agent) == "unreachable"
+
+    await eventually(unreachable)
+    late, rests = await world.insert(agent, "running"), await world.insert(agent, "paused")
+
+    async def missing():
+        return (await world.row(late.id)).status == "missing"
+
+    await eventually(missing, 2 * INTERVAL)
+    assert (await world.row(rests.id)).status == "paused"
+
+
+async def test_a_host_that_lists_and_does_not_beat(virtual_clock, world, agent, beats, eventually):
+    """Marked once; its follower says what runs, and nobody says otherwise again and again."""
+    row = await world.insert(agent, "running")
+    agent.add_vm(row.id)
+    await world.control_plane(monitor=True)
+    agent.beats = False
+
+    async def unreachable():
+        return await host_status(world, agent) == "unreachable"
+
+    await eventually(unreachable, 200)
+    await trio.sleep(60)
+    after = await world.row(row.id)
+    assert (after.status, after.generation) == ("running", row.generation + 2)
+
+
 async def test_nobody_is_silent_who_could_not_be_heard(virtual_clock, world, agent, eventually, nursery):
     """All control planes were away for an hour: hosts get the time of a heartbeat, then they are judged."""
     dead = await world.add_host()
