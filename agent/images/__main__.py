@@ -10,8 +10,11 @@ import click
 
 from agent.images.build import build_images
 from agent.images.errors import ImagesError
+from agent.images.in_use import digests_in_use
 from agent.images.rootfs import MINIMAL, Recipe
 from agent.images.store import DEFAULT_STORE, ImageStore
+
+DEFAULT_STATE = Path("/var/lib/capsule/agent")
 
 store_option = click.option(
     "--store",
@@ -59,10 +62,23 @@ def list_images(store: Path) -> None:
 
 @main.command()
 @store_option
-@click.option("--keep", multiple=True, help="Digest of an old image that is still in use; may be repeated.")
-def collect(store: Path, keep: tuple[str, ...]) -> None:
-    """Remove old images, except those named by --keep: name every one that a sandbox still runs on."""
-    for digest in ImageStore(store).collect(set(keep)):
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_STATE,
+    envvar="CAPSULE_AGENT_STATE",
+    show_default=True,
+    help="The agent's state directory, where its sandboxes and snapshots are.",
+)
+@click.option("--keep", multiple=True, help="Digest of another old image that is still in use; may be repeated.")
+def collect(store: Path, state: Path, keep: tuple[str, ...]) -> None:
+    """Remove old images, except those that sandboxes or snapshots of the agent need and those named by --keep."""
+    try:
+        in_use = digests_in_use(state)
+    except ImagesError as err:
+        click.echo(f"{err}", err=True)
+        sys.exit(1)
+    for digest in ImageStore(store).collect(in_use | set(keep)):
         click.echo(f"removed {digest[:12]}")
 
 

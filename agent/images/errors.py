@@ -23,3 +23,7 @@ class BuildFailed(ImagesError):
 
 class KernelUnusable(ImagesError):
     """The kernel package holds no kernel that a microVM can boot."""
+
+
+class InUseUnknown(ImagesError):
+    """A sandbox or a snapshot does not tell which image it needs; the message names its file."""
