@@ -22,7 +22,7 @@ from agent.pager.service import PagerError
 from agent.sandboxes import orphans
 from agent.sandboxes.made import EXPECTED, release_pager, spec, without_paths
 from agent.sandboxes.records import RECORD_FILE
-from agent.sandboxes.removal import disks, forget
+from agent.sandboxes.removal import disks, forget, seal_disks
 from agent.vmm.driver import Vm, VmmError, VmProcess
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class _Adoption:
             log.error("sandbox_kept_for_inspection", sandbox_id=sandbox_id, reason="its record cannot be read")
             self.kept[sandbox_id] = None
             await self._end(sandbox_id, None, process)
+            await self._seal(sandbox_id)
         elif record is not None and record.phase in {"paused", "damaged"}:
             await self._keep(record, process)
         elif (
@@ -142,6 +143,8 @@ class _Adoption:
         if not ended:
             self.stuck.add(record.slot)
         if record.phase == "damaged":
+            if not await self._seal(record.sandbox_id):
+                self.stuck.add(record.slot)
             log.warning("damaged_sandbox_kept", directory=str(self._parts.state.directory(record.sandbox_id)))
             return
         if process is not None:  # of others that have gone the pager has seen it
@@ -158,6 +161,15 @@ class _Adoption:
             await _end_vm(self._parts, record, process)
         except VmmError as err:
             log.error("leftover_not_collected", sandbox_id=sandbox_id, error=str(err))  # noqa: TRY400
+            return False
+        return True
+
+    async def _seal(self, sandbox_id: str) -> bool:
+        """Whether its disks, which stay, are nobody's who may get its slot."""
+        try:
+            await trio.to_thread.run_sync(seal_disks, self._parts.state.directory(sandbox_id))
+        except OSError as err:
+            log.error("kept_disk_not_sealed", sandbox_id=sandbox_id, error=str(err))  # noqa: TRY400
             return False
         return True
 

@@ -6,6 +6,8 @@ disk and its slot, and the directory goes last, since a restarted agent finds ev
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,8 +16,12 @@ import trio
 
 from agent.actor.supervise import RestartPolicy
 from agent.sandboxes.made import drop_snapshots, release_vm, save
+from agent.sandboxes.records import DISK
+from agent.vmm.ownership import give
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from agent.sandboxes.made import Made
     from agent.sandboxes.parts import HostParts
     from agent.sandboxes.records import Record
@@ -71,6 +77,7 @@ class Removal:
         except OSError as err:  # a full disk must not protect what fills it; it is told before the last trace goes
             log.warning("outbox_not_written", error=str(err))
         if self._damaged:
+            await trio.to_thread.run_sync(seal_disks, self._parts.state.directory(self._sandbox.id))
             await release_vm(self._parts, made)
             await self._tell()
             return
@@ -103,6 +110,17 @@ async def dismantle(parts: HostParts, made: Made, *, settled: bool) -> None:
 def disks(record: Record) -> list[str]:
     """Names of all disks that the sandbox may have in its directory."""
     return [name for name in (*record.frozen, record.disk, record.next_disk) if name]
+
+
+def seal_disks(directory: Path) -> None:
+    """Take the disks in a sandbox's directory from its VM's user, who is the slot's next tenant soon. Blocks.
+
+    Raises OSError.
+    """
+    with suppress(FileNotFoundError):
+        for entry in directory.iterdir():
+            if DISK.fullmatch(entry.name):
+                give(entry, os.geteuid(), os.getegid(), mode=0o400)
 
 
 async def forget(parts: HostParts, sandbox_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from uuid import UUID
 
@@ -142,6 +143,34 @@ async def test_memory_that_was_not_served_for_another_reason(host, autojump_cloc
         (entry,) = agent.outbox.entries()
         assert "no memory for a page" in entry.reason
         assert host.directories() == set()
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_kept_disk_belongs_to_no_slot(host, autojump_clock, away):
+    """Its VM's user is the slot's next tenant: the disk is ours, and read only, before that can be; or the slot is not
+    given out.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("needs root: files of several users")
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        await agent.pause(ONE)
+        await agent.resume(ONE)
+        disk = host.vms.machine(ONE).disk
+        os.chown(disk, host.vms.machine(ONE).spec.uid, host.vms.machine(ONE).spec.gid)
+        if not away:
+            end_by_pager(host)
+            await wait_all_tasks_blocked()
+    if away:
+        end_by_pager(host)
+    async with host.agent() as agent:
+        await wait_all_tasks_blocked()
+        assert (disk.stat().st_uid, disk.stat().st_gid, disk.stat().st_mode & 0o777) == (0, 0, 0o400)
+        assert agent.slots.statistics().in_use == 0
+    disk.rename(disk.with_name("moved"))
+    disk.symlink_to("moved")
+    async with host.agent() as agent:
+        assert agent.slots.statistics().in_use == 1
 
 
 def end_by_pager(host):
