@@ -8,6 +8,7 @@ monitor's to remove.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -43,6 +44,9 @@ log = structlog.get_logger()
 FREEZABLE = frozenset({Status.RUNNING, Status.PAUSED})
 MAX_BYTES = 2**63 - 1
 ENDPOINT = "POST /v1/snapshots"
+ID_GOOD_FOR = timedelta(seconds=450)
+"""How long a snapshot that was not written down is taken up again under its id: half of the time after which the
+monitor collects it, so that it is not collected between being asked for and being written down."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +164,7 @@ def taken(name: str) -> errors.Conflict:
 
 async def begin(tx: Connection, principal: Principal, request: CreateSnapshot, key: str | None) -> Plan:
     """What is to be made, if it may be. With a key that was used: what was made then, or is to be made still."""
-    snapshot = uuid4()
+    snapshot, claim = uuid4(), None
     row = found(await sandboxes.get(tx, principal.team_id, request.sandbox))
     if key is not None:
         claim = await idempotency.claim(tx, principal.team_id, key, fingerprint(request), snapshot, endpoint=ENDPOINT)
@@ -168,6 +172,10 @@ async def begin(tx: Connection, principal: Principal, request: CreateSnapshot, k
             snapshot = same_request(claim, request)
     have = await templates.count(tx, principal.team_id)  # with its lock: who else has this key is done, or waits
     made = await templates.get_any(tx, snapshot)
+    if key is not None and made is None and claim is not None and datetime.now(UTC) - claim.created_at > ID_GOOD_FOR:
+        await idempotency.release(tx, principal.team_id, key, snapshot)
+        snapshot = uuid4()
+        await idempotency.claim(tx, principal.team_id, key, fingerprint(request), snapshot, endpoint=ENDPOINT)
     name = request.name or f"{row.template[:55]}-{snapshot.hex[:8]}"
     if made is None:
         if row.status not in FREEZABLE:

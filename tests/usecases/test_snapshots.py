@@ -12,6 +12,8 @@ from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.model import CreateSandbox, CreateSnapshot
+from capsule.monitor.copies import SNAPSHOT_GRACE
+from capsule.sandboxes.snapshots import ID_GOOD_FOR
 
 
 @pytest.fixture
@@ -186,6 +188,28 @@ async def test_a_key_that_stands_for_a_removed_snapshot(virtual_clock, world, ag
     with pytest.raises(errors.Conflict, match="a new Idempotency-Key"):
         await freeze(key="key")
     await freeze(key="key")
+    assert await world.disagreements() == []
+
+
+async def test_a_key_of_long_ago(virtual_clock, world, agent, freeze, nursery):
+    """What it began and nobody wrote down is about to be collected: a repeat makes another one, which stays."""
+    nursery.start_soon(world.beat)
+    agent.faults["snapshot.create"] = Fault(FaultCode.INTERNAL, "bug")
+    with pytest.raises(errors.HostUnavailable):
+        await freeze(key="key")
+    agent.faults.clear()
+    (claim,) = await world.sql("select resource_id from idempotency_keys")
+    row = await world.insert(agent, "running")
+    agent.add_vm(row.id)
+    await agent._freeze(str(claim["resource_id"]), str(row.id))
+    await world.control_plane(monitor=True)
+    await trio.sleep(SNAPSHOT_GRACE - 5)
+    made = await freeze(key="key")
+    assert made.id != claim["resource_id"]
+    await trio.sleep(SNAPSHOT_GRACE + 60)
+    assert list(agent.snapshots) == [str(made.id)]
+    assert await freeze(key="key") == made
+    assert ID_GOOD_FOR.total_seconds() <= SNAPSHOT_GRACE / 2
     assert await world.disagreements() == []
 
 
