@@ -75,6 +75,8 @@ async def shape_of(tx: Connection, principal: Principal, request: CreateSandbox,
             )
     hosts = None
     if template.type == "snapshot" and not (hosts := frozenset(await templates.hosts_of(tx, template.id))):
+        if await templates.get_by_name(tx, principal.team_id, request.template) is None:
+            raise no_template(request.template)  # deleted between the two looks
         raise errors.Conflict(f"no host has a copy of {template.name} any more; delete it and make a new one")
     return Shape(
         vcpus=template.vcpus or request.vcpus or DEFAULT_VCPUS,

@@ -11,6 +11,7 @@ import trio
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 from capsule import errors
+from capsule.db.queries import templates
 from capsule.model import CreateSandbox, CreateSnapshot
 from capsule.monitor.copies import SNAPSHOT_GRACE
 from capsule.sandboxes.snapshots import ID_GOOD_FOR
@@ -389,6 +390,20 @@ async def test_a_create_beside_the_deletion(virtual_clock, world, agent, plane, 
                 nursery.start_soon(work)
         assert set(outcomes) in ({"running", "in use"}, {errors.NotFound, "deleted"})
     assert await world.disagreements() == []
+
+
+async def test_deleted_between_two_looks_of_a_create(virtual_clock, world, freeze, start, monkeypatch):
+    """Found, and its copies are gone already: 404, as for one that never was."""
+    template, hosts_of = await freeze(), templates.hosts_of
+
+    async def late(tx, one, **options):
+        await tx.execute("update templates set deleted_at = now() where id = $1", template.id)
+        await tx.execute("delete from template_hosts")
+        return await hosts_of(tx, one, **options)
+
+    monkeypatch.setattr(templates, "hosts_of", late)
+    with pytest.raises(errors.NotFound):
+        await start()
 
 
 async def test_deleted_while_a_host_is_away(virtual_clock, world, agent, plane, freeze, nursery):
