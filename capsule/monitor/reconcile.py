@@ -203,4 +203,6 @@ def _at_rest(row: SandboxRow, facts: Facts) -> Change:
     told = storable_text(facts.paused.reason) if facts.paused is not None else ""
     via = Status.PAUSING if row.status == Status.RUNNING else None
     untold = "its host has its snapshot again" if _rested(row) else "its host paused it"
+    if row.status == Status.PAUSING:
+        untold = "requested; its control plane went away"
     return Change(row, Status.PAUSED, reason=told or untold, via=via)

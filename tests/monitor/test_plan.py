@@ -181,6 +181,7 @@ def test_a_pause_has_the_reason_that_the_host_told():
     """The latest entry of its kind; without one it is said that the host did it. A resume that nobody finished keeps
     its own."""
     running, resuming = row(Status.RUNNING), row(Status.RESUMING, overdue=True)
+    pausing = row(Status.PAUSING, overdue=True)
     entries = [
         entry(running, "idle again", sequence=7, event="auto_paused"),
         entry(running, "cannot", sequence=8, event="pause_failed"),
@@ -191,6 +192,8 @@ def test_a_pause_has_the_reason_that_the_host_told():
     first, second = plan([running, resuming], HostListing(paused=paused, outbox=entries), NOW)
     assert (first.reason, first.via, second.via) == ("idle again", Status.PAUSING, None)
     assert second.reason == "it was not resumed in time"
+    (unfinished,) = plan([pausing], HostListing(paused=[str(pausing.id)]), NOW)
+    assert unfinished.reason == "requested; its control plane went away"
     (untold,) = plan([running], HostListing(paused=paused), NOW)
     assert untold.reason == "its host paused it"
 
