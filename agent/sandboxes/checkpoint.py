@@ -128,8 +128,16 @@ async def _stop_shortly(made: Made, overlay: Path, draft: Draft, source: capturi
     with made.step("grab"):
         grabbed = await trio.to_thread.run_sync(source.grab, overlay.parent)
     try:
-        await wake(made)
+        await _go_on(made)
     except BaseException:
         grabbed.file.close()
         raise
     return grabbed
+
+
+async def _go_on(made: Made) -> None:
+    """As `wake`, in bounded time: others wait for the permit that we have. Raises Fault, and the VM is told again."""
+    with trio.move_on_after(RUN_ON_TIMEOUT):
+        await wake(made)
+    if made.stopped_at:
+        raise Fault(FaultCode.INTERNAL, "the VM does not go on yet; it is told again", retryable=True)
