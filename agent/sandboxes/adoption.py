@@ -178,7 +178,7 @@ class _Adoption:
         if record.phase != "running" or not record.origin:
             return False
         try:
-            reason = await self._parts.pager.failure(record.sandbox_id)
+            reason = await self._parts.pager.damage(record.sandbox_id)
             if reason is None:
                 return False
             damaged = msgspec.structs.replace(record, phase="damaged")
@@ -210,8 +210,8 @@ async def _collect(parts: HostParts, sandbox_id: str, record: Record | None, pro
     log.info("leftover_collected", sandbox_id=sandbox_id, vm=process is not None)
     try:
         await _end_vm(parts, record, process)
-        if process is not None:
-            await release_pager(parts, sandbox_id)
+        if process is not None or (record is not None and record.snapshots()):
+            await release_pager(parts, sandbox_id)  # it may still listen for a VMM that never came
         if record is not None:
             for name in disks(record):
                 await parts.overlays.remove(parts.state.directory(sandbox_id) / name)
