@@ -106,14 +106,14 @@ class Sandbox:
 
     def state(self) -> SandboxState:
         """What the host tells about it."""
-        record = self.made.record
+        record, slot = self.made.record, self.made.slot
         return SandboxState(
             sandbox_id=self.id,
             status=self.status,
             vcpus=record.vcpus,
             memory_mb=record.memory_mb,
             disk_mb=record.disk_mb,
-            host_ip=slot_addresses(record.slot).host_ip if self.made.slot is not None else "",
+            host_ip="" if slot is None else slot_addresses(slot.number).host_ip,
             started_at=record.started_at,
             last_active_at=self.last_active_at,
             timings_ms=self.made.timings_ms,
