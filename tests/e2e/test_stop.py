@@ -21,7 +21,7 @@ def test_nothing_is_left(start_platform, slots, poll):
         with one.client() as api:
             made = [api.post("/sandboxes", json={"memory_mb": 128}).json() for _ in range(2)]
             assert [sandbox["status"] for sandbox in made] == ["running", "running"]
-        assert len(one.vmm_pids()) == 2
+        assert len(one.vmm_pids()) >= 2  # a golden snapshot may be in the making
         one.stop()
         assert one.pids() == []
         assert list((one.data / "agent/sandboxes").iterdir()) == []

@@ -78,7 +78,9 @@ async def test_one_whose_end_is_told(virtual_clock, world, agent, plane):
     """`reason` is part of the refusal."""
     row = await world.insert(agent, "running")
     await world.sql(
-        "update sandboxes set status = 'error', generation = generation + 1, reason = 'qemu died' where id = $1", row.id
+        "update sandboxes set status = 'error', generation = generation + 1, reason = 'qemu died', host_ip = null"
+        " where id = $1",
+        row.id,
     )
     with pytest.raises(errors.InvalidState, match="error: qemu died; create a new one"):
         await plane.sandboxes.ping(world.principal, row.id)
