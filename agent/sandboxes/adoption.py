@@ -88,7 +88,7 @@ async def adopt_all(parts: HostParts) -> Found:
         await adoption.take(sandbox_id, record, processes.pop(parts.state.directory(sandbox_id), None))
     for directory, process in processes.items():
         await _kill_stray(parts, directory, process)
-    adoption.stuck |= await _end_hidden(parts, records.keys(), adoption.alive.keys())
+    adoption.stuck |= await end_hidden(parts, records.keys(), adoption.alive.keys())
     await parts.vms.remove_leftovers()
     leases = parts.slots.adopt(number for number in adoption.alive.keys() | adoption.stuck if number in SLOT_NUMBERS)
     found = adoption.found
@@ -158,7 +158,7 @@ class _Adoption:
 
     async def _end(self, sandbox_id: str, record: Record | None, process: VmProcess | None) -> bool:
         try:
-            await _end_vm(self._parts, record, process)
+            await end_vm(self._parts, record, process)
         except VmmError as err:
             log.error("leftover_not_collected", sandbox_id=sandbox_id, error=str(err))  # noqa: TRY400
             return False
@@ -209,7 +209,7 @@ async def _collect(parts: HostParts, sandbox_id: str, record: Record | None, pro
     """Remove what is left of one sandbox; False when it would not go."""
     log.info("leftover_collected", sandbox_id=sandbox_id, vm=process is not None)
     try:
-        await _end_vm(parts, record, process)
+        await end_vm(parts, record, process)
         if process is not None or (record is not None and record.snapshots()):
             await release_pager(parts, sandbox_id)  # it may still listen for a VMM that never came
         if record is not None:
@@ -224,7 +224,7 @@ async def _collect(parts: HostParts, sandbox_id: str, record: Record | None, pro
     return True
 
 
-async def _end_vm(parts: HostParts, record: Record | None, process: VmProcess | None) -> None:
+async def end_vm(parts: HostParts, record: Record | None, process: VmProcess | None) -> None:
     """End a sandbox's VM: the process that looks like it, and the one that was noted. Raises VmmError.
 
     Two, as a VMM that its guest has taken over can look like anything, and a note may not have been written.
@@ -236,7 +236,7 @@ async def _end_vm(parts: HostParts, record: Record | None, process: VmProcess | 
         await parts.vms.kill_process(process)
 
 
-async def _end_hidden(parts: HostParts, known: Collection[str], alive: Collection[int]) -> set[int]:
+async def end_hidden(parts: HostParts, known: Collection[str], alive: Collection[int]) -> set[int]:
     """End what still runs as the user of a slot that no adopted VM has; returns slots whose user is not free yet.
 
     The next tenant of such a slot would be the same user, and so be at the mercy of what is there.

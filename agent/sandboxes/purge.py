@@ -15,6 +15,7 @@ import trio
 
 from agent.net.host_network import remove_host_network
 from agent.net.threads import run_in_slot_thread
+from agent.sandboxes.adoption import end_hidden, end_vm
 from agent.sandboxes.records import FIRST_DISK
 from agent.sandboxes.removal import disks, forget
 
@@ -31,8 +32,11 @@ async def purge(parts: HostParts, host_network_file: Path, stop_pager: Callable[
     """Take down everything; returns how many sandboxes there were. Every slot goes: nobody holds one any more."""
     records = await trio.to_thread.run_sync(parts.state.load)
     processes = await trio.to_thread.run_sync(parts.vms.find_orphans, parts.state.sandboxes)
+    for sandbox_id, record in records.items():
+        await end_vm(parts, record, processes.pop(parts.state.directory(sandbox_id), None))
     for process in processes.values():
         await parts.vms.kill_process(process)
+    await end_hidden(parts, records.keys(), ())
     await stop_pager()
     for sandbox_id, record in records.items():
         for name in [FIRST_DISK] if record is None else disks(record):
@@ -44,5 +48,5 @@ async def purge(parts: HostParts, host_network_file: Path, stop_pager: Callable[
     for number in sorted(await parts.slot_backend.existing()):
         await parts.slot_backend.remove(number)
     await run_in_slot_thread(partial(remove_host_network, host_network_file))
-    log.info("host_purged", sandboxes=len(records), processes=len(processes))
+    log.info("host_purged", sandboxes=len(records))
     return len(records)

@@ -77,12 +77,14 @@ async def test_draining(host, autojump_clock):
 
 
 async def test_purge(host, autojump_clock, monkeypatch):
-    """VMs, directories, slots and the host's network go; the outbox tells of every sandbox at the next start."""
+    """VMs, hidden ones too, directories, slots and the host's network go; the outbox tells of every sandbox at the
+    next start."""
     removed = []
     monkeypatch.setattr(purging, "remove_host_network", removed.append)
     async with host.agent() as agent:
         await agent.create(ONE)
         await agent.create(TWO)
+        host.vms.machine(TWO).hidden = True  # as a VMM is that its guest has taken over
         host.state.directory(sandbox_id(3)).mkdir()
         (host.state.sandboxes / "lost+found").mkdir()
     host.dead = False
