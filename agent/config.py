@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent.actor.settings import environment, load_settings
+from agent.snapshots.header import COMPACT_AT
 
 PREFIX = "CAPSULE_AGENT_"
 RESERVED_MEMORY_MB = 1024
@@ -21,7 +22,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Sizes are MiB. At a time: `boots_at_once` cold boots, `restores_at_once` starts from snapshots, `captures_at_once`
     pauses and checkpoints. `golden`: keep snapshots of booted images, at most `golden_limit`, to create sandboxes from;
     those of `golden_shapes` (vCPUs x MiB, comma-separated) ahead of need. `prefetch`: bring back what a resumed sandbox
-    used first the last time, before it asks. `address` is where the control plane reaches this agent (host:port); by
+    used first the last time, before it asks. `compact_generations`: after so many pauses what they wrote of a
+    memory is made one, in the background. `address` is where the control plane reaches this agent (host:port); by
     default the bound one.
     """
 
@@ -40,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     restores_at_once: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8
     captures_at_once: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
     prefetch: bool = True
+    compact_generations: Annotated[int, msgspec.Meta(ge=2)] = COMPACT_AT
     golden: bool = True
     golden_shapes: str = "1x512"
     golden_limit: Annotated[int, msgspec.Meta(ge=1, le=256)] = 16

@@ -179,6 +179,7 @@ async def make_parts(settings: Settings, state: StateDirectory) -> HostParts:
         pager=PagerClient(state.root / PAGER_DIRECTORY),
         connect_guest=GuestLink,
         prefetch=settings.prefetch,
+        compact_generations=settings.compact_generations,
         restores=trio.CapacityLimiter(settings.restores_at_once),
         captures=trio.CapacityLimiter(settings.captures_at_once),
         boots=trio.CapacityLimiter(settings.boots_at_once),

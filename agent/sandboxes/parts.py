@@ -15,6 +15,7 @@ from agent.pager.service import Pager
 from agent.sandboxes.outbox import Outbox
 from agent.sandboxes.records import StateDirectory
 from agent.snapshots.dirty import Descent, DirtyPages, detect
+from agent.snapshots.header import COMPACT_AT
 from agent.snapshots.store import SnapshotStore
 from agent.storage.overlay import OverlayDriver
 from agent.vmm.driver import GuestMemory, VmDriver
@@ -33,7 +34,8 @@ class HostParts:
     """One per daemon; sandbox actors borrow from it.
 
     At a time: `boots` cold boots, `restores` starts from snapshots, `captures` snapshots being taken, `compactions`.
-    `prefetch`: bring working sets in before they are asked for. `tracking`: see there.
+    `prefetch`: bring working sets in before they are asked for. `tracking`: see there. `compact_generations`: so many
+    of a paused sandbox's memory become one.
     """
 
     state: StateDirectory
@@ -52,6 +54,7 @@ class HostParts:
     compactions: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
     tracking: Tracking = detect
     prefetch: bool = True
+    compact_generations: int = COMPACT_AT
     uid_base: int = 2_000_000
     guest_dns: tuple[str, ...] = ()
     guest_timeout: float = GUEST_TIMEOUT

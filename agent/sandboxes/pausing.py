@@ -132,7 +132,7 @@ def publish(
         ),
         layers,
     )
-    scattered = snapshot.wants_compaction or len(layers) > MAX_LAYERS
+    scattered = snapshot.wants_compaction(parts.compact_generations) or len(layers) > MAX_LAYERS
     return {"disk_bytes": parts.snapshots.allocated_bytes(snapshot.id), "scattered": scattered}
 
 

@@ -18,7 +18,7 @@ from agent.snapshots.columns import NIL, Columns
 
 PAGE = header_format.PAGE
 COMPACT_AT = 8
-"""Generations after which a snapshot's builds are worth being made one."""
+"""Generations after which a snapshot's builds are worth being made one, unless the host's settings say otherwise."""
 
 __all__ = ["COMPACT_AT", "NIL", "PAGE", "Header", "Run"]
 

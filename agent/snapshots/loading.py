@@ -47,10 +47,9 @@ class Snapshot:
         """What the last resumes touched; see working_set.py."""
         return self.directory / WORKING_SET
 
-    @property
-    def wants_compaction(self) -> bool:
-        """Whether its memory lies in so many generations that one build would be better."""
-        return self.header.generation >= COMPACT_AT
+    def wants_compaction(self, generations: int = COMPACT_AT) -> bool:
+        """Whether its memory lies in so many generations (at least that many) that one build would be better."""
+        return self.header.generation >= generations
 
 
 def load(layout: Layout, snapshot_id: UUID) -> Snapshot:

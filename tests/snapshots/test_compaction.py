@@ -37,7 +37,7 @@ def generations(store, tmp_path):
     for number in range(COMPACT_AT):
         disk = tmp_path / f"disk-{number}"
         disk.write_bytes(b"%d" % number)
-        assert newest is None or not newest.wants_compaction
+        assert newest is None or not newest.wants_compaction()
         made = publish(
             store, {number: number + 1, 40 + number * 3: number + 9, 50: number % 2}, parent=newest, disk=disk
         )
@@ -54,7 +54,8 @@ def flatten(layers, target):
 
 def test_eight_generations_become_one(store, root, generations):
     """One build, one layer, generation 1; kind, state, working set and content are the old ones."""
-    assert generations.wants_compaction
+    assert generations.wants_compaction()
+    assert not generations.wants_compaction(COMPACT_AT + 1)
     assert len(generations.manifest.builds) == COMPACT_AT
     working_set.write(generations.working_set, working_set.combine(None, [(0, PAGE)]))
     before = pages_of(store, generations)
@@ -62,7 +63,7 @@ def test_eight_generations_become_one(store, root, generations):
     made = store.compact(generations.id, uuid4(), flatten)
 
     assert pages_of(store, store.load(made.id)) == before
-    assert (len(made.manifest.builds), made.manifest.generation, made.wants_compaction) == (1, 1, False)
+    assert (len(made.manifest.builds), made.manifest.generation, made.wants_compaction()) == (1, 1, False)
     assert [path.read_bytes() for path in made.layers] == [b"01234567"]
     assert made.manifest.description == generations.manifest.description
     assert made.state.read_bytes() == generations.state.read_bytes()
