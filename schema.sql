@@ -27,7 +27,9 @@ create table users (
   is_admin       boolean not null default false,  -- platform admin
   -- Sessions issued before this moment are dead: changing the password ends the other ones.
   sessions_valid_from  timestamptz not null default '-infinity',
-  created_at     timestamptz not null default now()
+  created_at     timestamptz not null default now(),
+  -- The one session that outlives a change of password: the one that changed it.
+  kept_session   uuid
 );
 -- One account per address, whatever the case; the pattern class also serves the search by prefix in any locale.
 create unique index users_email_key on users (lower(email) text_pattern_ops);
@@ -49,6 +51,23 @@ create table login_codes (
   expires_at  timestamptz not null,
   used_at     timestamptz
 );
+create index login_codes_expires_at on login_codes (expires_at);
+
+-- A state that came back from a provider comes back once.
+create table spent_oauth_states (
+  sha256      bytea primary key constraint spent_oauth_states_sha256 check (octet_length(sha256) = 32),
+  expires_at  timestamptz not null                -- the state's own end; the row is of no use after it
+);
+create index spent_oauth_states_expires_at on spent_oauth_states (expires_at);
+
+-- What a platform admin may do; users.is_admin alone grants nothing.
+create table admin_permissions (
+  user_id     uuid not null constraint admin_permissions_user references users on delete cascade,
+  permission  text not null constraint admin_permissions_permission
+              check (permission in ('hosts', 'byoc', 'directory', 'templates')),
+  granted_at  timestamptz not null default now(),
+  constraint admin_permissions_pkey primary key (user_id, permission)
+);
 
 create table revoked_sessions (
   jti         uuid primary key,
@@ -58,8 +77,8 @@ create table revoked_sessions (
 );
 create index revoked_sessions_expires_at on revoked_sessions (expires_at);
 
--- Unlogged: emptied by a crash of the server, which costs an attacker's counter and saves every request a WAL record.
-create unlogged table rate_limits (
+-- Logged: a crash of the server must not give an attacker his attempts back.
+create table rate_limits (
   bucket        text not null,                    -- rule and subject, for example login:address:192.0.2.7
   window_start  timestamptz not null,
   hits          integer not null,
@@ -72,13 +91,15 @@ create table teams (
   name           text not null constraint teams_name_form check (name ~ '^[A-Za-z0-9 _@''-]{1,128}$'),
   slug           text not null constraint teams_slug_form check (slug ~ '^[0-9a-f]{6}-[0-9a-f]{6}$'),
   is_byoc        boolean not null default false,
-  -- max_sandboxes and max_templates count; the other two bound a single sandbox.
+  -- max_vcpus and max_memory_mb bound a single sandbox; the others count.
   max_sandboxes  integer not null default 1000 constraint teams_max_sandboxes check (max_sandboxes >= 0),
   max_vcpus      integer not null default 8 constraint teams_max_vcpus check (max_vcpus >= 1),
   max_memory_mb  integer not null default 16384 constraint teams_max_memory_mb check (max_memory_mb >= 1),
   created_at     timestamptz not null default now(),
   deleted_at     timestamptz,
   max_templates  integer not null default 200 constraint teams_max_templates check (max_templates >= 0),
+  max_members    integer not null default 500 constraint teams_max_members check (max_members >= 1),
+  max_api_keys   integer not null default 200 constraint teams_max_api_keys check (max_api_keys >= 0),
   constraint teams_platform_lives check (id <> '00000000-0000-0000-0000-000000000000' or deleted_at is null),
   -- Over deleted teams too: a slug is never given out twice.
   constraint teams_slug_key unique (slug)
@@ -141,13 +162,13 @@ create table api_keys (
 create index api_keys_team_id on api_keys (team_id, created_at desc);
 
 create table idempotency_keys (
-  team_id         uuid not null constraint idempotency_keys_team references teams,
+  owner_id        uuid not null,                  -- whose key it is: a team's, a user's, an address's before it is one
   key             text not null constraint idempotency_keys_key_length check (length(key) between 1 and 255),
   endpoint        text not null,                  -- method and path, for example POST /v1/sandboxes
   request_sha256  bytea not null constraint idempotency_keys_sha256_length check (octet_length(request_sha256) = 32),
   resource_id     uuid not null,                  -- what the first request made or is still making
   created_at      timestamptz not null default now(),
-  constraint idempotency_keys_pkey primary key (team_id, key)
+  constraint idempotency_keys_pkey primary key (owner_id, key)
 );
 create index idempotency_keys_created_at on idempotency_keys (created_at);
 
@@ -399,6 +420,10 @@ create table audit_logs (
   constraint audit_logs_actor check ((actor_type = 'system') = (actor_id is null) or action = 'login_failed')
 );
 create index audit_logs_page on audit_logs (team_id, created_at desc, id desc);
+-- One index for each way to ask for a page; scope is what a member's view is bounded by.
+create index audit_logs_action on audit_logs (team_id, action, created_at desc, id desc);
+create index audit_logs_resource_type on audit_logs (team_id, resource_type, created_at desc, id desc);
+create index audit_logs_scope on audit_logs (team_id, scope, created_at desc, id desc);
 
 create function audit_logs_refuse() returns trigger language plpgsql as $$
 begin
