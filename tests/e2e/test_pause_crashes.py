@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +19,9 @@ ROUNDS = int(os.environ.get("CAPSULE_PAUSE_CRASH_ROUNDS", "12"))
 SEED = int(os.environ.get("CAPSULE_CRASH_SEED", "0")) or random.randrange(1, 10**6)
 SANDBOXES = 2
 MAX_LIVE = 4
+AIMED = 3
+"""Every so many rounds the agent is killed in the middle of a compaction."""
+GENERATIONS = 3
 AHEAD = 2
 WITNESS = """
 import sys
@@ -40,8 +45,13 @@ class Crashes:
         self.platform = platform
         self.dice = dice
         self.tokens = {}
+        self.notes = {}
         self.vmm_killed = set()
         self.unexpected = []
+        self.kills = Counter()
+        self.in_compaction = 0
+        self.state = platform.data / "agent"
+        self.store = self.state / "snapshots" / "snapshots"
 
     def call(self, method, path, **fields):
         """One request; None when there is no answer. 5xx other than 503 are noted."""
@@ -80,23 +90,37 @@ class Crashes:
         poll(lambda: self.call("POST", f"/sandboxes/{sandbox}/exec", json=body), 30, "the witness to start")
         poll(lambda: self.exec(sandbox, "test -p /mnt/ask && echo ok"), 30, "the pipe")
         self.tokens[sandbox] = token
-        self.note(sandbox)
+        self.note(sandbox, poll)
         return sandbox
 
-    def note(self, sandbox):
-        """Write the token where it must be found again."""
-        token = self.tokens[sandbox]
-        assert self.exec(sandbox, f"echo {token} > /mnt/token; echo {token} > /root/token; sync; echo ok") == "ok\n"
+    def note(self, sandbox, poll):
+        """Write something new into memory and on the disk, where it must be found again."""
+        note = self.notes[sandbox] = f"n{self.dice.randrange(10**9)}"
+        line = f"echo {note} > /mnt/token; echo {note} > /root/token; sync; echo ok"
+        poll(lambda: self.exec(sandbox, line) == "ok\n", 60, f"a note in {sandbox} (seed {SEED})")
 
-    def victim(self):
-        """Pids to kill, and whether they are VMMs."""
-        kind = self.dice.choice(["agent", "agent", "pager", "vmm"])
+    def expected(self, sandbox):
+        """What QUESTION prints there, without line ends."""
+        return " ".join([self.notes[sandbox]] * 2 + [self.tokens[sandbox]])
+
+    def victims(self, kind):
+        """Pids to kill."""
         if kind == "agent":
-            return list(self.platform.ready["agent_pids"]), False
+            return list(self.platform.ready["agent_pids"])
         if kind == "pager":
-            return [pid for pid in self.platform.pids() if b"agent.pager" in _cmdline(pid)], False
+            return [pid for pid in self.platform.pids() if b"agent.pager" in _cmdline(pid)]
         pids = self.platform.vmm_pids()
-        return ([self.dice.choice(pids)] if pids else []), True
+        return [self.dice.choice(pids)] if pids else []
+
+    def kill(self, kind):
+        """kill -9; returns the pids."""
+        pids = self.victims(kind)
+        for pid in pids:
+            if kind == "vmm" and (owner := _owner(pid)):
+                self.vmm_killed.add(owner)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return pids
 
     def round(self):
         """Something on every sandbox at once, and a kill in the middle."""
@@ -111,13 +135,11 @@ class Crashes:
                     continue
                 if action != "nothing":
                     jobs.append((sandbox, action, pool.submit(self.call, "POST", f"/sandboxes/{sandbox}/{action}")))
-            time.sleep(self.dice.uniform(0, 1.2))
-            pids, vmm = self.victim()
-            for pid in pids:
-                if vmm and (owner := _owner(pid)):
-                    self.vmm_killed.add(owner)
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            time.sleep(self.dice.uniform(0, self.dice.choice([0.2, 0.5, 1.2])))
+            kind = self.dice.choice(["agent", "agent", "pager", "vmm"])
+            during = sorted(action for _, action, job in jobs if not job.done())
+            if self.kill(kind):
+                self.kills.update((kind, action) for action in during or ["nothing"])
             for sandbox, action, job in jobs:
                 self.adopt_children(sandbox, action, job.result())
 
@@ -127,6 +149,71 @@ class Crashes:
             for item in answer.json()["items"]:
                 if "id" in item:
                     self.tokens[item["id"]] = self.tokens.get(sandbox)
+                    self.notes[item["id"]] = self.notes.get(sandbox)
+
+    def aimed_round(self, poll):
+        """Pause a sandbox until a compaction follows, each time with something new to remember; kill in the middle."""
+        sandbox = self.dice.choice(sorted(name for name, token in self.tokens.items() if token is not None))
+        for _ in range(GENERATIONS + 1):
+            if not self.wake(sandbox, poll):
+                return None
+            self.note(sandbox, poll)
+            with ThreadPoolExecutor(1) as pool:
+                job = pool.submit(self.call, "POST", f"/sandboxes/{sandbox}/pause")
+                draft = self.watch(sandbox, job)
+                if draft is not None:
+                    self.kill_in_compaction(draft, poll)
+                    return sandbox
+        return None
+
+    def wake(self, sandbox, poll):
+        """Have it run; False when its VMM was a victim."""
+
+        def state():
+            status = self.status(sandbox)
+            if status == "paused":
+                self.call("POST", f"/sandboxes/{sandbox}/resume")
+            lost = status in {"error", "stopped"} and sandbox in self.vmm_killed
+            return status if status == "running" or lost else None
+
+        return poll(state, 90, f"{sandbox} runs (seed {SEED})") == "running"
+
+    def watch(self, sandbox, job):
+        """What a compaction is about to make; None when none follows the pause that `job` is."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for draft in self.store.glob(".partial-*"):
+                with suppress(OSError):  # a pause has its own state written; a compaction takes over the old one
+                    if (draft / "vm.state").stat().st_nlink > 1:
+                        return draft
+            if job.done() and not self.due(sandbox):
+                return None
+            time.sleep(0.002)
+        raise AssertionError(f"{sandbox} is due for a compaction that does not come (seed {SEED})")
+
+    def due(self, sandbox):
+        """Whether a paused sandbox waits for its compaction, as its record has it."""
+        record = self.record(sandbox)
+        return record.get("phase") == "paused" and record.get("scattered", False)
+
+    def record(self, sandbox):
+        with suppress(FileNotFoundError):
+            return json.loads((self.state / "sandboxes" / sandbox.removeprefix("sb-") / "record.json").read_bytes())
+        return {}
+
+    def kill_in_compaction(self, draft, poll):
+        """Now or a moment later; noted only if what the dead agent left is half a compaction."""
+        time.sleep(self.dice.choice([0, self.dice.uniform(0, 0.3)]))
+        pids = self.kill("agent")
+        poll(lambda: all(_is_dead(pid) for pid in pids), 30, "the agent's death")
+        made = draft.with_name(draft.name.removeprefix(".partial-"))
+        bases = {self.record(name).get("base") for name in self.live_on_disk()}
+        half = draft.exists() or (made.exists() and made.name not in bases)
+        self.in_compaction += half
+        self.kills["agent", "compaction" if half else "after compaction"] += 1
+
+    def live_on_disk(self):
+        return [path.name for path in (self.state / "sandboxes").iterdir()]
 
 
 def _cmdline(pid):
@@ -134,6 +221,13 @@ def _cmdline(pid):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def _is_dead(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def _owner(pid):
@@ -153,17 +247,26 @@ def test_exactly_before_or_exactly_after(start_platform, slots, poll):
         "CAPSULE_PAUSE_TIMEOUT": "20",
         "CAPSULE_RESUME_TIMEOUT": "20",
         "CAPSULE_AGENT_SLOTS_AHEAD": str(AHEAD),
-        "CAPSULE_AGENT_COMPACT_GENERATIONS": "3",
+        "CAPSULE_AGENT_COMPACT_GENERATIONS": str(GENERATIONS),
     }
     with start_platform(**settings) as platform:
         crashes = Crashes(platform, dice)
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             while len(crashes.live()) < SANDBOXES:
                 crashes.new(poll)
-            crashes.round()
+            aimed = crashes.aimed_round(poll) if number % AIMED == 0 else crashes.round()
             poll(lambda: set(crashes.live().values()) <= {"running", "paused"}, 90, f"settled rows (seed {SEED})")
             _check(crashes, poll)
+            if aimed:
+                _remembers(crashes, aimed, poll)
+        for sandbox, token in list(crashes.tokens.items()):
+            if token is not None:
+                _remembers(crashes, sandbox, poll)
+        compacted = platform.log.read_bytes().count(b"sandbox_compacted")
+        print(f"{ROUNDS} rounds, kills by what they met: {dict(crashes.kills)}; {compacted} compactions done")  # noqa: T201
         assert crashes.unexpected == [], f"seed {SEED}"
+        assert crashes.in_compaction > 0, f"no kill met a compaction (seed {SEED})"
+        assert compacted > 0, f"seed {SEED}"
         _nothing_left_over(crashes, platform, slots, poll)
 
 
@@ -178,10 +281,16 @@ def _check(crashes, poll):
     for sandbox, status in live.items():
         token = crashes.tokens.get(sandbox)
         if status == "running" and token is not None and crashes.dice.random() < 0.7:
-            answer = poll(lambda one=sandbox: _witnessed(crashes, one), 60, f"an answer of {sandbox} (seed {SEED})")
-            assert answer in {" ".join([token] * 3), DEAD}, f"{sandbox} (seed {SEED})"
+            _remembers(crashes, sandbox, poll)
         elif status == "running" and token is None:
             crashes.call("DELETE", f"/sandboxes/{sandbox}")  # a child whose fork gave no answer
+
+
+def _remembers(crashes, sandbox, poll):
+    """It runs, if need be again, and has all it had; or we have killed its VMM."""
+    if crashes.wake(sandbox, poll):
+        answer = poll(lambda: _witnessed(crashes, sandbox), 60, f"an answer of {sandbox} (seed {SEED})")
+        assert answer in {crashes.expected(sandbox), DEAD}, f"{sandbox} (seed {SEED})"
 
 
 def _witnessed(crashes, sandbox):
@@ -205,6 +314,7 @@ def _nothing_left_over(crashes, platform, slots, poll):
     store = state / "snapshots"
     poll(lambda: not list((state / "sandboxes").iterdir()), 30, "no directories")
     poll(lambda: _owned_snapshots(store) == [], 60, f"no snapshots (seed {SEED})")
+    poll(lambda: _unused_parts(store) == [], 60, f"no builds or layers of what is gone (seed {SEED})")
 
 
 def _deleted(crashes, sandbox):
@@ -214,6 +324,19 @@ def _deleted(crashes, sandbox):
 
 def _owned_snapshots(store):
     """Snapshots of sandboxes. A named one that a killed fork left is collected by the monitor after its grace."""
-    texts = [path.read_text(errors="replace") for path in store.glob("snapshots/*/manifest.json")]
     drafts = [path.name for path in store.glob("snapshots/.*")]
-    return drafts + [text for text in texts if '"sandbox"' in text]
+    return drafts + [text for text in _manifests(store) if '"kind":"sandbox"' in text]
+
+
+def _unused_parts(store):
+    """Memory builds and disk layers that no manifest names."""
+    texts = "".join(_manifests(store))
+    return [path.name for path in (*store.glob("builds/*"), *store.glob("layers/*")) if path.stem not in texts]
+
+
+def _manifests(store):
+    found = []
+    for path in store.glob("snapshots/*/manifest.json"):
+        with suppress(FileNotFoundError):
+            found.append(path.read_text())
+    return found
