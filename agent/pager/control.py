@@ -9,6 +9,7 @@ from agent.pager.service import (
     PagerUnavailable,
     PagingDamaged,
     PagingFailed,
+    SnapshotNotOpened,
     SnapshotUnreadable,
     SocketRefused,
 )
@@ -19,6 +20,7 @@ SOCKET = "pager.sock"
 
 _CODES: dict[type[PagerError], FaultCode] = {
     SnapshotUnreadable: FaultCode.SNAPSHOT_DAMAGED,
+    SnapshotNotOpened: FaultCode.BUSY,
     SocketRefused: FaultCode.IO_ERROR,
     NotPaged: FaultCode.NOT_FOUND,
     ConnectTimeout: FaultCode.DEADLINE_EXCEEDED,

@@ -33,6 +33,11 @@ class SnapshotUnreadable(PagerError):  # noqa: N818 - says what happened
     """The snapshot's memory cannot be served; the message names the file."""
 
 
+class SnapshotNotOpened(PagerError):  # noqa: N818 - says what happened
+    """The host is short of descriptors or memory, or its disk had a hiccup: nothing is known about the snapshot; try
+    again."""
+
+
 class SocketRefused(PagerError):  # noqa: N818 - says what happened
     """The socket for the VMM cannot be made; the message names it."""
 
@@ -102,8 +107,8 @@ class Pager(Protocol):
     async def listen(self, vm: PagedVm) -> None:
         """Get ready for the VMM; when this returns, it can connect. A VM of the same id is released first.
 
-        The snapshot's header and the presence of its builds are checked here. Raises SnapshotUnreadable and
-        SocketRefused; then nothing is left.
+        The snapshot's header and the presence of its builds are checked here. Raises SnapshotUnreadable,
+        SnapshotNotOpened and SocketRefused; then nothing is left.
         """
         ...
 

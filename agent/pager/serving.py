@@ -28,7 +28,7 @@ from agent.pager.figures import Figures
 from agent.pager.filling import Again, FaultUnserved, Filler, OutOfMemory, Staging, VmGone
 from agent.pager.guest_file import GuestFile
 from agent.pager.recording import RECORDED_FAULTS, Recorder
-from agent.snapshots.errors import SnapshotDamaged, WouldBlock
+from agent.snapshots.errors import SnapshotDamaged, StoreFailed, WouldBlock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -87,7 +87,10 @@ class FaultServer:
         self._memory_tries = 0
 
     async def serve(self) -> None:
-        """Answer faults until cancelled or the VMM's memory is gone. Raises FaultUnserved, SnapshotDamaged."""
+        """Answer faults until cancelled or the VMM's memory is gone.
+
+        Raises FaultUnserved, SnapshotDamaged, StoreFailed.
+        """
         worked = False
         try:
             while True:
@@ -109,7 +112,7 @@ class FaultServer:
     async def _read_ahead(self) -> None:
         try:
             await self._bring_piece(self._ahead.popleft())
-        except SnapshotDamaged:
+        except (SnapshotDamaged, StoreFailed):
             self._ahead.clear()  # perhaps nobody will ever ask for it
 
     async def prefetch(self, ranges: Iterable[tuple[int, int]]) -> None:

@@ -24,11 +24,11 @@ from agent.pager.process import ProcessIdentity, has_ended, kill, open_process, 
 from agent.pager.recording import Recorder, read_working_set, write_working_set
 from agent.pager.records import Served, VmRecord, VmRecords
 from agent.pager.regions import HandshakeRefused, RegionMap
-from agent.pager.service import PagedVm, PagerStatistics, SnapshotUnreadable
+from agent.pager.service import PagedVm, PagerStatistics, SnapshotNotOpened, SnapshotUnreadable
 from agent.pager.serving import FaultServer, Memory, Shared
 from agent.pager.snapshot import OpenSnapshot, UnreadableMemory, open_snapshot
 from agent.pager.sockets import remove_socket
-from agent.snapshots.errors import SnapshotDamaged
+from agent.snapshots.errors import SnapshotDamaged, StoreFailed
 
 if TYPE_CHECKING:
     import socket
@@ -41,6 +41,9 @@ log = structlog.get_logger()
 END_TIMEOUT = 10.0
 """Seconds for writing down why a VM is ended; its VMM is killed in any case."""
 CLOSE_TIMEOUT = 30.0
+OPEN_ATTEMPTS = 40
+"""To open the snapshot of a VM that runs already, while the host is short of something."""
+OPEN_PAUSE = 0.5
 SETTLE_TIMEOUT = 5.0
 """Seconds a stop waits for a VM's task, which may have a disk read under way."""
 
@@ -132,7 +135,7 @@ class VmPaging:
         try:
             snapshot = self._snapshot = self._snapshot or await self._open(origin)
             client = adopt_client(origin) if isinstance(origin, Served) else await self._meet(origin, snapshot)
-        except (HandshakeRefused, SnapshotUnreadable) as err:
+        except (HandshakeRefused, SnapshotUnreadable, SnapshotNotOpened) as err:
             return await self._end(str(err), _pidfd_of(origin), damaged=isinstance(err, SnapshotUnreadable))
         if client is None:
             return await self._gone()
@@ -142,15 +145,21 @@ class VmPaging:
             client.close()
 
     async def _open(self, origin: socket.socket | Served) -> OpenSnapshot:
-        """Raises SnapshotUnreadable only for a VM that does not run yet."""
-        try:
+        """Raises SnapshotUnreadable and SnapshotNotOpened only for a VM that does not run yet."""
+        if not isinstance(origin, Served):
             return await trio.to_thread.run_sync(open_snapshot, self.vm)
-        except SnapshotUnreadable as err:
-            if not isinstance(origin, Served):
-                raise
-            log.warning("snapshot_unreadable", error=str(err))
-            memory_bytes = max(region.offset + region.size for region in origin.regions)
-            return OpenSnapshot(UnreadableMemory(str(err)), memory_bytes)
+        memory_bytes = max(region.offset + region.size for region in origin.regions)
+        for attempt in range(1, OPEN_ATTEMPTS + 1):
+            try:
+                return await trio.to_thread.run_sync(open_snapshot, self.vm)
+            except SnapshotUnreadable as err:
+                log.warning("snapshot_unreadable", error=str(err))
+                return OpenSnapshot(UnreadableMemory(str(err), damaged=True), memory_bytes)
+            except SnapshotNotOpened as err:  # a guest waits, and would lose everything for a shortage that may pass
+                reason = str(err)
+                log.warning("snapshot_not_opened", attempt=attempt, error=reason)
+            await trio.sleep(OPEN_PAUSE)
+        return OpenSnapshot(UnreadableMemory(reason, damaged=False), memory_bytes)
 
     async def _meet(self, listener: socket.socket, snapshot: OpenSnapshot) -> Client:
         """Raises HandshakeRefused."""
@@ -167,7 +176,7 @@ class VmPaging:
             nursery.start_soon(self._watch, client, nursery.cancel_scope)
             try:
                 await self._serve(client, snapshot, served)
-            except (FaultUnserved, SnapshotDamaged) as err:
+            except (FaultUnserved, SnapshotDamaged, StoreFailed) as err:
                 await self._end(str(err), os.dup(client.pidfd), damaged=isinstance(err, SnapshotDamaged))
             except Exception:
                 await self._end("the pager failed; its log has the details", os.dup(client.pidfd))
@@ -181,7 +190,7 @@ class VmPaging:
         scope.cancel()
 
     async def _serve(self, client: Client, snapshot: OpenSnapshot, served: Served | None) -> None:
-        """Raises FaultUnserved, SnapshotDamaged."""
+        """Raises FaultUnserved, SnapshotDamaged, StoreFailed."""
         look = partial(look_at_memory, client, self.vm.uid, snapshot.memory_bytes, served)
         seen = await trio.to_thread.run_sync(look)
         self._file = seen.file

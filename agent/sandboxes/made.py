@@ -21,7 +21,7 @@ import trio
 
 from agent.net.addresses import GUEST_MAC
 from agent.net.errors import NetworkError, NoFreeSlots
-from agent.pager.service import PagerError
+from agent.pager.service import PagerError, SnapshotNotOpened
 from agent.snapshots import errors as snapshots
 from agent.storage.overlay import HostDiskFull, StorageError
 from agent.vmm.driver import Vm, VmDiskFull, VmmError, VmSpec
@@ -203,6 +203,10 @@ def as_fault(err: Exception, *, task: str = "start the sandbox") -> Fault:
             fault = Fault(FaultCode.NO_CAPACITY, "this host has no free network slot", retryable=True)
         case _ if disk_is_full(err):
             fault = Fault(FaultCode.NO_CAPACITY, "this host's disk is full", retryable=True)
+        case SnapshotNotOpened():
+            fault = Fault(
+                FaultCode.BUSY, "this host could not open the snapshot; try again in a moment", retryable=True
+            )
         case snapshots.SnapshotMissing():
             what = "this host does not have the snapshot"
             fault = Fault(FaultCode.NOT_FOUND, what, details={"object": "snapshot"})

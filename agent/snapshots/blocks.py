@@ -103,7 +103,8 @@ class BuildWriter:
 class BuildReader:
     """Reads a finished build. Every block is checked when it is first read. For any number of threads.
 
-    The constructor reads the checksums, which may wait for the disk. Raises DataDamaged, naming the file.
+    The constructor reads the checksums, which may wait for the disk. Raises DataDamaged, naming the file, and if that
+    could not be found out StoreFailed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -115,7 +116,7 @@ class BuildReader:
             self._sums = _read_sums(directory, self._size)
         except OSError as err:
             self.close()
-            raise DataDamaged(f"the data of a snapshot cannot be read: {err}") from err
+            raise files.unreadable(err, "the data of a snapshot", DataDamaged) from err
         except DataDamaged:
             self.close()
             raise

@@ -10,7 +10,7 @@ from uuid import UUID
 import structlog
 
 from agent.snapshots import files, manifest
-from agent.snapshots.errors import ManifestDamaged
+from agent.snapshots.errors import ManifestDamaged, StoreFailed
 from agent.snapshots.holds import Holds
 from agent.snapshots.layout import LAYER_SUFFIX, PARTIAL, REMOVED, Layout, ids, remove_tree, set_aside
 
@@ -66,7 +66,7 @@ class Collector:
             for references in self._references():
                 builds |= references.builds
                 layers |= references.layers
-        except ManifestDamaged as err:
+        except (ManifestDamaged, StoreFailed) as err:
             log.warning("snapshot_collection_refused", error=str(err))
             return []
         layout = self._layout
@@ -75,7 +75,7 @@ class Collector:
         return garbage + [layout.layer(layer) for layer in present if layer not in layers]
 
     def _references(self) -> Iterator[References]:
-        """What every snapshot refers to. Raises ManifestDamaged."""
+        """What every snapshot refers to. Raises ManifestDamaged, StoreFailed."""
         present = set(ids(self._layout.snapshots))
         for snapshot_id in self._known.keys() - present:
             del self._known[snapshot_id]

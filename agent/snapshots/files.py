@@ -12,12 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from agent.snapshots.errors import HostDiskFull, StoreFailed
+from agent.snapshots.errors import HostDiskFull, SnapshotDamaged, SnapshotError, StoreFailed
 
 DIRECTORY_MODE = 0o711
 """Others reach what they know the name of, and can list nothing."""
 
 SEALED_MODE = 0o400
+
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
+"""The errors that say that a file is not there. Others may pass, and say nothing about the snapshot: descriptors or
+memory are short, the disk has a hiccup."""
 
 
 def make_directory(path: Path) -> None:
@@ -110,3 +114,9 @@ def reported(doing: str) -> Iterator[None]:
         if err.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise HostDiskFull(f"the disk is full while {doing}: free some space and try again ({err})") from err
         raise StoreFailed(f"{doing}: {err}") from err
+
+
+def unreadable(err: OSError, what: str, damage: type[SnapshotDamaged]) -> SnapshotError:
+    """What it means that `what` cannot be read: damage if it is not there, else StoreFailed, and to be tried again."""
+    kind = damage if err.errno in ABSENT else StoreFailed
+    return kind(f"{what} cannot be read: {err}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import UUID
 
-from agent.snapshots import header_format, manifest
+from agent.snapshots import files, header_format, manifest
 from agent.snapshots.blocks import DATA, SUMS
 from agent.snapshots.errors import (
     DataDamaged,
@@ -53,7 +53,10 @@ class Snapshot:
 
 
 def load(layout: Layout, snapshot_id: UUID) -> Snapshot:
-    """Read and check a snapshot: all but the content of builds and layers. Raises SnapshotMissing, SnapshotDamaged."""
+    """Read and check a snapshot: all but the content of builds and layers.
+
+    Raises SnapshotMissing, SnapshotDamaged, and StoreFailed when neither could be found out.
+    """
     directory = layout.snapshot(snapshot_id)
     try:
         found = manifest.read(directory)
@@ -82,7 +85,7 @@ def _header(path: Path, found: Manifest) -> Header:
         with path.open("rb") as file:
             data = file.read(min(record.size, header_format.MAX_BYTES) + 1)
     except OSError as err:
-        raise HeaderDamaged(f"the memory header of a snapshot cannot be read: {err}") from err
+        raise files.unreadable(err, "the memory header of a snapshot", HeaderDamaged) from err
     if FileRecord(len(data), hashlib.sha256(data).hexdigest()) != record:
         raise HeaderDamaged(f"{path} is not the file that was written: restore it or remove the snapshot")
     header = Header.decode(data, name=str(path))
@@ -98,7 +101,7 @@ def _check_state(path: Path, record: FileRecord) -> None:
         with path.open("rb") as file:
             same = os.fstat(file.fileno()).st_size == record.size and digest(file) == record
     except OSError as err:
-        raise StateDamaged(f"the device state of a snapshot cannot be read: {err}") from err
+        raise files.unreadable(err, "the device state of a snapshot", StateDamaged) from err
     if not same:
         raise StateDamaged(f"{path} is not the file that was written: restore it or remove the snapshot")
 
@@ -111,7 +114,7 @@ def check_parts(layout: Layout, header: Header, found: Manifest) -> None:
             size = (directory / DATA).stat().st_size
             (directory / SUMS).stat()
         except OSError as err:
-            raise DataDamaged(f"memory that a snapshot needs is not there: {err}") from err
+            raise files.unreadable(err, "memory that a snapshot needs", DataDamaged) from err
         if size < needed:
             raise DataDamaged(f"{directory / DATA} is cut: {size} bytes instead of at least {needed}")
     for layer in found.layers:

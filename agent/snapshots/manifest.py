@@ -13,6 +13,7 @@ from uuid import UUID
 
 import msgspec
 
+from agent.snapshots import files
 from agent.snapshots.errors import ManifestDamaged
 
 MANIFEST = "manifest.json"
@@ -87,13 +88,13 @@ def decode(data: bytes, *, name: str) -> Manifest:
 
 
 def read(directory: Path) -> Manifest:
-    """The manifest of the snapshot in `directory`, which is called by its id. Raises ManifestDamaged."""
+    """The manifest of the snapshot in `directory`, which is called by its id. Raises ManifestDamaged, StoreFailed."""
     path = directory / MANIFEST
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as err:
-        raise ManifestDamaged(f"the manifest of a snapshot cannot be read: {err}") from err
+        raise files.unreadable(err, "the manifest of a snapshot", ManifestDamaged) from err
     found = decode(data, name=str(path))
     if str(found.id) != directory.name:
         raise ManifestDamaged(f"{path} is the manifest of {found.id}")

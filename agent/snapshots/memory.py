@@ -16,7 +16,7 @@ ZEROS = memoryview(bytes(1 << 16))
 class MemoryReader:
     """The memory that `header` describes, from builds below `builds`. For any number of threads.
 
-    The constructor opens every build, which may wait for the disk. Raises DataDamaged, naming the file.
+    The constructor opens every build, which may wait for the disk. Raises as BuildReader's does.
     """
 
     def __init__(self, header: Header, builds: Path) -> None:

@@ -20,7 +20,7 @@ import structlog
 from agent.snapshots import compaction, files, loading, manifest
 from agent.snapshots.collection import Collector
 from agent.snapshots.drafts import Draft
-from agent.snapshots.errors import ManifestDamaged, SnapshotMissing
+from agent.snapshots.errors import ManifestDamaged, SnapshotMissing, StoreFailed
 from agent.snapshots.holds import Holds
 from agent.snapshots.layout import Layout, ids, remove_tree, set_aside
 from agent.snapshots.loading import Snapshot
@@ -38,7 +38,7 @@ Flatten = Callable[[tuple[Path, ...], Path], None]
 
 @dataclass(frozen=True, slots=True)
 class ManifestSummary:
-    """A snapshot as it is listed. `manifest`: None when it is damaged; `damage` says how."""
+    """A snapshot as it is listed. `manifest`: None when it cannot be read; `damage` says why."""
 
     id: UUID
     manifest: Manifest | None
@@ -145,7 +145,7 @@ class SnapshotStore:
                 directory = self._layout.snapshot(snapshot_id)
                 try:
                     found.append(ManifestSummary(snapshot_id, manifest.read(directory)))
-                except ManifestDamaged as err:
+                except (ManifestDamaged, StoreFailed) as err:
                     if directory.exists():
                         found.append(ManifestSummary(snapshot_id, None, str(err)))
         return sorted(found, key=lambda each: ("" if each.manifest is None else str(each.manifest.created_at), each.id))

@@ -10,7 +10,14 @@ from sandbox_world import create_body, request, sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
 from agent.net.errors import NoFreeSlots
-from agent.pager.service import ConnectTimeout, PagerUnavailable, PagingDamaged, PagingFailed, SnapshotUnreadable
+from agent.pager.service import (
+    ConnectTimeout,
+    PagerUnavailable,
+    PagingDamaged,
+    PagingFailed,
+    SnapshotNotOpened,
+    SnapshotUnreadable,
+)
 from agent.storage import overlay as storage
 from agent.vmm.driver import VmCommandFailed, VmDiskFull
 from agent.wire.calls import HostListing, parse
@@ -367,6 +374,7 @@ RESUME_FAILURES = [
     ("overlay_create", storage.StorageTimeout("/a/b/c")),
     ("pager_listen", PagerUnavailable("down")),
     ("pager_listen", SnapshotUnreadable("{root}/snapshots/x/mem.header is cut")),
+    ("pager_listen", SnapshotNotOpened("{root}/snapshots/x/mem.header: Too many open files")),
     ("open_tap", OSError(errno.EIO, "bad")),
     ("restore", VmCommandFailed("no")),
     ("restored", ValueError("a bug")),
@@ -411,6 +419,7 @@ async def test_a_failing_resume(host, autojump_clock, monkeypatch, step, error):
         assert (caught.value.code == FaultCode.SNAPSHOT_DAMAGED) == damaged
         assert str(host.root) not in caught.value.message
         assert damaged or caught.value.retryable or not isinstance(error, PagingFailed)
+        assert (caught.value.code == FaultCode.BUSY) == isinstance(error, SnapshotNotOpened)
         if damaged:
             assert "/x/" in caught.value.message
         if step == "slot":
