@@ -21,10 +21,18 @@ import trio
 
 from agent.actor.watchdog import LoopWatchdog
 
-_spec = importlib.util.spec_from_file_location("sandbox_world", Path(__file__).with_name("world.py"))
-world = importlib.util.module_from_spec(_spec)
-sys.modules["sandbox_world"] = world
-_spec.loader.exec_module(world)
+
+def _load(name):
+    """A module beside this one, which tests know as `sandbox_<name>`."""
+    spec = importlib.util.spec_from_file_location(f"sandbox_{name}", Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_load("drivers")
+world = _load("world")
 
 HELD = 0.25
 """Well above the daemon's limit: a virtual CPU that was taken away counts as time spent computing."""

@@ -19,7 +19,8 @@ import trio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sandbox_world import Crash, Host, request, sandbox_id, without_threads
+from sandbox_drivers import Crash
+from sandbox_world import Host, request, sandbox_id, without_threads
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from agent.sandboxes import checkpoint, compaction, pausing, resuming

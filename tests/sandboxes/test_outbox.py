@@ -7,7 +7,8 @@ import json
 import msgspec
 import pytest
 import trio
-from sandbox_world import Crash, sandbox_id
+from sandbox_drivers import Crash
+from sandbox_world import sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
 from agent.sandboxes import outbox
