@@ -26,7 +26,9 @@ from prometheus_client import CollectorRegistry
 
 from agent.actor.settings import SettingsError
 from agent.actor.watchdog import LoopWatchdog
+from capsule.auth.authenticator import Authenticator
 from capsule.auth.keys import ApiKeyAuthenticator
+from capsule.auth.sessions import SessionAuthenticator, SessionTokens
 from capsule.db.errors import DatabaseError, DatabaseUnavailable
 from capsule.db.migrate import migrate
 from capsule.db.pool import Database, open_database
@@ -37,9 +39,16 @@ from capsule.hosts.links import HostLinks, tls_dial
 from capsule.hosts.registration import HostEnrolment
 from capsule.hosts.tls import ClientContexts
 from capsule.http.app import create_app
+from capsule.http.people_ports import PeopleServices
 from capsule.http.ports import Services
 from capsule.http.server import serve as serve_http
 from capsule.monitor.monitor import Monitor
+from capsule.people.accounts import Accounts
+from capsule.people.api_keys import ApiKeys
+from capsule.people.audit import AuditTrail
+from capsule.people.oauth import OAuth
+from capsule.people.platform import Platform
+from capsule.people.teams import Teams
 from capsule.sandboxes.create import Creator
 from capsule.sandboxes.destroy import Destroyer
 from capsule.sandboxes.execs import Execs
@@ -136,10 +145,11 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
     FleetGauges(db, links, operations, monitor).register(registry)
     sandboxes = _sandboxes(settings, SandboxRows(db), links, scheduler, operations)
     services = Services(
-        authenticator=ApiKeyAuthenticator(db),
+        authenticator=Authenticator(ApiKeyAuthenticator(db), SessionAuthenticator(db, SessionTokens(settings))),
         sandboxes=sandboxes,
         templates=_templates(sandboxes),
         hosts=HostEnrolment(db, authority, settings, forget=_on_registration(links, monitor)),
+        people=_people(settings, db),
         ready=partial(_ready, db),
     )
     app = create_app(services, registry=registry, version=version("capsule"), spool_dir=Path(settings.spool))
@@ -180,6 +190,17 @@ def _templates(sandboxes: Sandboxes) -> Templates:
         rows=pauser.rows, links=pauser.links, operations=pauser.operations, pauser=pauser, settings=pauser.settings
     )
     return Templates(rows=pauser.rows, snapshots=snapshots)
+
+
+def _people(settings: Settings, db: Database) -> PeopleServices:
+    return PeopleServices(
+        accounts=Accounts(db, settings),
+        oauth=OAuth(db, settings),
+        teams=Teams(db, settings),
+        api_keys=ApiKeys(db, settings),
+        audit=AuditTrail(db, settings),
+        platform=Platform(db, settings),
+    )
 
 
 def _on_registration(links: HostLinks, monitor: Monitor) -> Callable[[UUID], None]:

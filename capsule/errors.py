@@ -100,6 +100,13 @@ class NotFound(CapsuleError):
     status = 404
 
 
+class ProviderNotFound(CapsuleError):
+    """No such identity provider is configured."""
+
+    code = "provider_not_found"
+    status = 404
+
+
 class FileNotFound(CapsuleError):
     """No such file or directory in the sandbox."""
 
@@ -132,6 +139,13 @@ class DiskFull(CapsuleError):
     """The sandbox's disk is full."""
 
     code = "disk_full"
+    status = 409
+
+
+class EmailTaken(CapsuleError):
+    """There is an account with this e-mail address."""
+
+    code = "email_taken"
     status = 409
 
 

@@ -14,7 +14,6 @@ from uuid import UUID
 
 T = TypeVar("T")
 
-ActorType = Literal["user", "api_key", "system", "host"]
 SandboxStatus = Literal[
     "pending",
     "starting",
@@ -30,16 +29,6 @@ SandboxStatus = Literal[
 FileType = Literal["file", "directory", "symlink", "other"]
 TemplateType = Literal["base", "snapshot"]
 HostType = Literal["regular", "byoc"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Principal:
-    """Who asks, for authorisation and for the audit trail. `actor_id` is the key's or user's id."""
-
-    team_id: UUID
-    actor_type: ActorType
-    actor_id: UUID
-    actor_name: str
 
 
 @dataclass(frozen=True, slots=True)

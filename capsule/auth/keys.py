@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from capsule import errors
 from capsule.db.errors import DatabaseUnavailable
 from capsule.db.queries import keys as rows
-from capsule.model import Principal
+from capsule.principals import Principal
 
 if TYPE_CHECKING:
     from capsule.db.connection import Connection

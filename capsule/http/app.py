@@ -8,7 +8,22 @@ from quart import request as current_request
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException
 
-from capsule.http import execs, files, hosts, lifecycle, openapi, processes, sandboxes, snapshots
+from capsule.http import (
+    accounts,
+    api_keys,
+    audit,
+    execs,
+    files,
+    hosts,
+    lifecycle,
+    oauth,
+    openapi,
+    platform,
+    processes,
+    sandboxes,
+    snapshots,
+    teams,
+)
 from capsule.http.connection import ApiConnection
 from capsule.http.dispatch import responder
 from capsule.http.errors import from_router
@@ -26,6 +41,7 @@ if TYPE_CHECKING:
     from quart_trio.wrappers import TrioResponse
 
     from capsule.http.operations import Operation
+    from capsule.http.people_ports import PeopleServices
     from capsule.http.ports import Authenticator, Services
 
 
@@ -89,6 +105,18 @@ def resources(services: Services, spool: Spool) -> list[Operation[Any, Any]]:
         *files.operations(services.sandboxes, spool, unread),
         *snapshots.operations(services.templates),
         *hosts.operations(services.hosts),
+        *_people(services.people),
+    ]
+
+
+def _people(services: PeopleServices) -> list[Operation[Any, Any]]:
+    return [
+        *accounts.operations(services.accounts),
+        *oauth.operations(services.oauth),
+        *teams.operations(services.teams),
+        *api_keys.operations(services.api_keys),
+        *audit.operations(services.audit),
+        *platform.operations(services.platform),
     ]
 
 

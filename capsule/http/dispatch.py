@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from capsule.auth.access import Credential, admit
 from capsule.errors import CapsuleError
 from capsule.http import credentials
 from capsule.http.errors import error_response, internal
-from capsule.http.operations import Auth, Call, Operation
+from capsule.http.operations import Call, Operation
 from capsule.http.parsing import check_json_headers, parse_json, parse_query
+from capsule.principals import User
 
 if TYPE_CHECKING:
     import msgspec
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 
     from capsule.http.ports import Authenticator
     from capsule.http.requests import ApiRequest
-    from capsule.model import Principal
+    from capsule.principals import Asker
 
 log = structlog.get_logger()
+
+USERS_CREDENTIALS = frozenset({Credential.API_KEY, Credential.SESSION})
 
 Respond = Callable[["ApiRequest", dict[str, str]], Awaitable["TrioResponse"]]
 
@@ -53,12 +57,21 @@ async def _respond(
     )
 
 
-async def _asker(operation: Operation[Any, Any], authenticator: Authenticator, request: ApiRequest) -> Principal | None:
-    if operation.auth is not Auth.API_KEY:
-        return None
-    principal = await credentials.authenticate(request.headers, authenticator)
-    structlog.contextvars.bind_contextvars(team_id=str(principal.team_id))
-    return principal
+async def _asker(operation: Operation[Any, Any], authenticator: Authenticator, request: ApiRequest) -> Asker | None:
+    access = operation.access
+    if not access.credentials & USERS_CREDENTIALS:
+        return None  # a host's token is its handler's to check
+    asker = await credentials.authenticate(request.headers, access, authenticator)
+    structlog.contextvars.bind_contextvars(**_names(asker))
+    admit(access, asker)
+    return asker
+
+
+def _names(asker: Asker) -> dict[str, str]:
+    """What log events about this request are bound to."""
+    if isinstance(asker, User):
+        return {"user_id": str(asker.id), **({"team_id": str(asker.team_id)} if asker.team_id else {})}
+    return {"key_id": str(asker.actor_id), "team_id": str(asker.team_id)}
 
 
 async def _body(operation: Operation[Any, Any], request: ApiRequest) -> msgspec.Struct | None:

@@ -15,7 +15,7 @@ from capsule.http.answers import Encoding, Output, printed
 if TYPE_CHECKING:
     from werkzeug.exceptions import HTTPException
 
-CHALLENGE = 'ApiKey realm="capsule", header="X-API-Key"'
+CHALLENGE = 'Bearer realm="capsule", ApiKey realm="capsule", header="X-API-Key"'
 """WWW-Authenticate of every 401."""
 
 _BY_STATUS: dict[int, tuple[type[errors.CapsuleError], str]] = {

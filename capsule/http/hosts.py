@@ -9,7 +9,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from capsule import errors
 from capsule.http import credentials, fields, ids
 from capsule.http.answers import Timestamp, given, optional_time, timestamp
-from capsule.http.operations import Auth, Call, Operation, Success, json_response, no_content
+from capsule.http.operations import Call, Operation, Success, json_response, no_content
 from capsule.model import HostCredentials, HostRegistration, HostType, HostView
 
 if TYPE_CHECKING:
@@ -111,7 +111,6 @@ def operations(service: HostService) -> list[Operation[Any, Any]]:
             summary="Register a host",
             description="Spends the one-time token in the body. The agent keeps its private key.",
             tag=TAG,
-            auth=Auth.NONE,
             body=RegisterHostBody,
             successes=(Success(status=201, description="Its credentials.", body=RegisteredHost),),
             errors=(
@@ -131,7 +130,6 @@ def operations(service: HostService) -> list[Operation[Any, Any]]:
             summary="Refresh a host's credentials",
             description="Spends the refresh token. With `csr_pem` the certificate is renewed too.",
             tag=TAG,
-            auth=Auth.NONE,
             body=RefreshHostBody,
             successes=(Success(status=200, description="Its new credentials.", body=RegisteredHost),),
             errors=(
@@ -149,7 +147,6 @@ def operations(service: HostService) -> list[Operation[Any, Any]]:
             handler=handlers.heartbeat,
             summary="Say that a host lives",
             tag=TAG,
-            auth=Auth.HOST,
             successes=(Success(status=204, description="Heard."),),
             errors=(errors.Forbidden, errors.NotFound, errors.DatabaseUnavailable),
         ),

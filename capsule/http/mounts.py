@@ -20,6 +20,7 @@ def _alias(row: Operation[Any, Any]) -> Operation[Any, Any]:
     return replace(
         row,
         name=f"{row.name}UnderCapsules",
+        alias_of=row.name,
         path=NAMES[1] + row.path.removeprefix(NAMES[0]),
         tag="capsules",
         summary=f"{row.summary} (the same as under {NAMES[0]})",

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from capsule import errors
+from capsule.auth.access import Access, Credential
 from capsule.http import fields, ids
 from capsule.http.answers import FailedChild
 from capsule.http.errors import Error
-from capsule.http.operations import Auth, Operation, Success
+from capsule.http.operations import Operation, Success
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,13 +43,19 @@ IDEMPOTENCY_KEY = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": r"^[!-~]+$"},
 }
 SECURITY_SCHEMES = {
-    Auth.API_KEY.value: {
+    Credential.API_KEY.value: {
         "type": "apiKey",
         "in": "header",
         "name": "X-API-Key",
         "description": "`cap_` and 40 hex digits; the same digits behind `e2b_` are the same key.",
     },
-    Auth.HOST.value: {
+    Credential.SESSION.value: {
+        "type": "http",
+        "scheme": "bearer",
+        "bearerFormat": "JWT",
+        "description": "`token` of the answer to a login; 6 hours.",
+    },
+    Credential.HOST.value: {
         "type": "apiKey",
         "in": "header",
         "name": "X-Host-Token",
@@ -103,7 +110,7 @@ def _operation(row: Operation[Any, Any]) -> dict[str, Any]:
         described["parameters"] = parameters
     if row.body is not None or row.form:
         described["requestBody"] = _request_body(row)
-    described["security"] = [] if row.auth is Auth.NONE else [{row.auth.value: []}]
+    described["security"] = [{one.value: []} for one in Credential if one in row.access.credentials]
     described["responses"] = _responses(row)
     return described
 
@@ -164,12 +171,25 @@ def _responses(row: Operation[Any, Any]) -> dict[str, Any]:
 def _implied(row: Operation[Any, Any]) -> list[type[errors.CapsuleError]]:
     """What every operation of this shape can answer, whatever its use-case does."""
     kinds: list[type[errors.CapsuleError]] = [errors.InvalidRequest, errors.Internal]
-    if row.auth is not Auth.NONE:
-        kinds.append(errors.Unauthorized)
-    if row.auth is Auth.API_KEY:
-        kinds += [errors.NoTeam, errors.DatabaseUnavailable]
+    kinds += _refusals(row.access)
     if row.body is not None or row.form:
         kinds += [errors.RequestTimeout, errors.TooLarge, errors.UnsupportedMediaType]
+    return kinds
+
+
+def _refusals(access: Access) -> list[type[errors.CapsuleError]]:
+    """What its row in the table of access can answer."""
+    if not access.credentials:
+        return []
+    if Credential.HOST in access.credentials:
+        return [errors.Unauthorized]
+    kinds: list[type[errors.CapsuleError]] = [errors.Unauthorized, errors.DatabaseUnavailable]
+    if access.team == "own" or Credential.API_KEY in access.credentials:
+        kinds.append(errors.NoTeam)
+    if Credential.API_KEY not in access.credentials:
+        kinds.append(errors.Forbidden)
+    if access.team == "path":
+        kinds.append(errors.NotFound)
     return kinds
 
 

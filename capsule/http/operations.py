@@ -5,28 +5,20 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 import msgspec
 from quart_trio.wrappers import TrioResponse
 
+from capsule.auth.access import ACCESS, Access
 from capsule.errors import CapsuleError
 from capsule.http import ids
 from capsule.http.requests import ApiRequest
-from capsule.model import Principal
+from capsule.principals import Asker, Principal, User
 
 B = TypeVar("B")
 Q = TypeVar("Q")
-
-
-class Auth(Enum):
-    """How an operation knows who asks."""
-
-    NONE = "none"
-    API_KEY = "api_key"
-    HOST = "host"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +29,21 @@ class Call(Generic[B, Q]):
     path: Mapping[str, str]
     body: B
     query: Q
-    asker: Principal | None
+    asker: Asker | None
 
     @property
     def principal(self) -> Principal:
-        """Who asks, in an operation with Auth.API_KEY."""
-        if self.asker is None:
-            raise LookupError("this operation does not authenticate")
+        """Who acts for a team, in an operation whose access asks for one."""
+        principal = self.asker.principal() if isinstance(self.asker, User) else self.asker
+        if principal is None:
+            raise LookupError("this operation is not done for the asker's team")
+        return principal
+
+    @property
+    def user(self) -> User:
+        """The person who asks, in an operation for sessions only."""
+        if not isinstance(self.asker, User):
+            raise TypeError("this operation is not for sessions only")
         return self.asker
 
     @property
@@ -72,7 +72,8 @@ class Success:
 class Operation(Generic[B, Q]):
     """A row of the route table.
 
-    `path` is a template such as `/v1/sandboxes/{sandbox_id}`. `body`: struct of the JSON body, None for none;
+    `path` is a template such as `/v1/sandboxes/{sandbox_id}`. `alias_of`: the operation that this is under another
+    path; who may do it is that one's row in `capsule.auth.access`. `body`: struct of the JSON body, None for none;
     `body_optional`: an empty body is an empty object. `form`: multipart parts (name → JSON schema) that the handler
     reads itself. `errors`: what the use-case can raise; those every operation has are added by the document.
     """
@@ -84,7 +85,7 @@ class Operation(Generic[B, Q]):
     summary: str
     description: str = ""
     tag: str
-    auth: Auth = Auth.API_KEY
+    alias_of: str = ""
     body: type[msgspec.Struct] | None = None
     body_optional: bool = False
     form: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +94,11 @@ class Operation(Generic[B, Q]):
     successes: tuple[Success, ...]
     errors: tuple[type[CapsuleError], ...] = ()
     documented: bool = True
+
+    @property
+    def access(self) -> Access:
+        """Who may do it."""
+        return ACCESS[self.alias_of or self.name]
 
 
 class StreamResponse(TrioResponse):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
+from capsule.http.people_ports import PeopleServices
 from capsule.model import (
     CreateSandbox,
     CreateSnapshot,
@@ -25,13 +26,13 @@ from capsule.model import (
     HostRegistration,
     Page,
     Position,
-    Principal,
     ProcessView,
     SandboxStatus,
     SandboxView,
     TemplateType,
     TemplateView,
 )
+from capsule.principals import Principal, User
 
 
 class Authenticator(Protocol):
@@ -40,6 +41,11 @@ class Authenticator(Protocol):
     async def api_key(self, key: str) -> Principal:
         """The holder of `key` (always `cap_` and 40 lower-case hex digits here). Unauthorized when it is unknown or
         revoked, NoTeam when its team is gone. Compares hashes in constant time."""
+        ...
+
+    async def session(self, token: str) -> User:
+        """The person whose session `token` is, with the role that the database has for them now. Unauthorized when it
+        is not ours, expired, logged out, or older than a change of password; a team that is gone is just absent."""
         ...
 
 
@@ -174,4 +180,5 @@ class Services:
     sandboxes: SandboxService
     templates: TemplateService
     hosts: HostService
+    people: PeopleServices
     ready: Readiness

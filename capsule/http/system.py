@@ -15,7 +15,7 @@ from quart_trio.wrappers import TrioResponse
 from capsule import errors
 from capsule.http import swagger
 from capsule.http.answers import Health, Ready
-from capsule.http.operations import Auth, Call, Operation, Success, json_response
+from capsule.http.operations import Call, Operation, Success, json_response
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -136,7 +136,6 @@ def _page(
         handler=handler,
         summary=summary,
         tag=TAG,
-        auth=Auth.NONE,
         successes=(success,),
         errors=failures,
         documented=documented,

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from capsule.db.connection import Connection
     from capsule.db.queries.idempotency import IdempotencyRow
     from capsule.db.queries.sandboxes import SandboxRow
-    from capsule.model import CreateSandbox, Principal
+    from capsule.model import CreateSandbox
+    from capsule.principals import Principal
 
 
 DEFAULT_VCPUS, DEFAULT_MEMORY_MB = 1, 512

@@ -18,7 +18,7 @@ from capsule.sandboxes.rows import found, record, wrong_status
 if TYPE_CHECKING:
     from capsule.db.connection import Connection
     from capsule.db.queries.sandboxes import SandboxRow
-    from capsule.model import Principal
+    from capsule.principals import Principal
 
 ENDPOINT = "POST /v1/sandboxes/fork"
 

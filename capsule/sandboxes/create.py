@@ -17,9 +17,10 @@ from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import idempotency, sandboxes
+from capsule.db.translated import NO_ANSWER
 from capsule.sandboxes.admission import NewSandbox, examine, insert, same_request, shape_of
 from capsule.sandboxes.failures import as_error
-from capsule.sandboxes.rows import NO_ANSWER, found, view
+from capsule.sandboxes.rows import found, view
 from capsule.sandboxes.start import Origin, outcome
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
     from capsule.config import Settings
     from capsule.db.queries.sandboxes import SandboxRow
-    from capsule.model import CreateSandbox, Principal, SandboxView
+    from capsule.model import CreateSandbox, SandboxView
+    from capsule.principals import Principal
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.rows import SandboxRows
     from capsule.sandboxes.start import Starter

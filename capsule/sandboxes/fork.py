@@ -20,6 +20,7 @@ from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import idempotency
+from capsule.db.translated import NO_ANSWER
 from capsule.hosts.answers import parse_answer
 from capsule.model import ForkFailure
 from capsule.sandboxes.admission import fingerprint, same_request
@@ -27,14 +28,15 @@ from capsule.sandboxes.asking import persist
 from capsule.sandboxes.children import Children, ForkRequest, admit, children, insert, shape
 from capsule.sandboxes.create import REPLAY_PAUSE
 from capsule.sandboxes.failures import as_error
-from capsule.sandboxes.rows import NO_ANSWER, view
+from capsule.sandboxes.rows import view
 from capsule.sandboxes.start import Origin, outcome
 
 if TYPE_CHECKING:
     from capsule.config import Settings
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
-    from capsule.model import Forked, Principal
+    from capsule.model import Forked
+    from capsule.principals import Principal
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.rows import SandboxRows
     from capsule.sandboxes.start import Starter

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from capsule.db.connection import Connection
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
-    from capsule.model import Principal, SandboxView
+    from capsule.model import SandboxView
+    from capsule.principals import Principal
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.rows import SandboxRows
 

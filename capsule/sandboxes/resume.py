@@ -19,11 +19,12 @@ from agent.wire.lifecycle import TRANSITIONAL, Status
 from capsule import errors
 from capsule.db.errors import DatabaseUnavailable
 from capsule.db.queries import audit, sandboxes
+from capsule.db.translated import NO_ANSWER
 from capsule.hosts.answers import parse_answer, storable_address
 from capsule.sandboxes.asking import UNCERTAIN, look, persist
 from capsule.sandboxes.destroy import MAX_RACES
 from capsule.sandboxes.failures import as_error
-from capsule.sandboxes.rows import NO_ANSWER, Trail, found, record, view, wrong_status
+from capsule.sandboxes.rows import Trail, found, record, view, wrong_status
 from capsule.scheduler.placement import Size
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from capsule.db.connection import Connection
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
-    from capsule.model import Principal, SandboxView
+    from capsule.model import SandboxView
+    from capsule.principals import Principal
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.rows import SandboxRows
     from capsule.scheduler.scheduler import Scheduler

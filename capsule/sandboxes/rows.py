@@ -12,8 +12,8 @@ import trio
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import FINAL, Status
 from capsule import errors
-from capsule.db.errors import DatabaseUnavailable
 from capsule.db.queries import audit, sandboxes
+from capsule.db.translated import TranslatedDatabase
 from capsule.hosts.answers import storable_text
 from capsule.model import SandboxStatus, SandboxView
 
@@ -21,17 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from capsule.db.connection import Connection
-    from capsule.db.pool import Database
     from capsule.db.queries.audit import Outcome
     from capsule.db.queries.sandboxes import SandboxRow
-    from capsule.model import Principal
+    from capsule.principals import Principal
 
 log = structlog.get_logger()
 
 SETTLE_TIMEOUT = 30.0
 """How long a result waits for a database that is away before it is left to the monitor."""
 SETTLE_PAUSE = 0.5
-NO_ANSWER = "the database does not answer; try again"
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -54,25 +52,8 @@ class Trail:
     metadata: Mapping[str, str]
 
 
-class SandboxRows:
-    """The database as seen from the use-cases; DatabaseUnavailable becomes the API's error of that name."""
-
-    def __init__(self, db: Database) -> None:
-        self._db = db
-
-    async def run(self, fn: Callable[[Connection, *Ts], Awaitable[T]], *args: *Ts) -> T:
-        """`Database.run`, failing in the API's words."""
-        try:
-            return await self._db.run(fn, *args)
-        except DatabaseUnavailable as err:
-            raise errors.DatabaseUnavailable(NO_ANSWER, retry_after=1) from err
-
-    async def transaction(self, fn: Callable[[Connection, *Ts], Awaitable[T]], *args: *Ts) -> T:
-        """`Database.transaction`, failing in the API's words."""
-        try:
-            return await self._db.transaction(fn, *args)
-        except DatabaseUnavailable as err:
-            raise errors.DatabaseUnavailable(NO_ANSWER, retry_after=1) from err
+class SandboxRows(TranslatedDatabase):
+    """The database as seen from the use-cases."""
 
     async def get(self, principal: Principal, sandbox: UUID) -> SandboxRow:
         """The team's row. NotFound for another team's, as for none."""

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
         ExecStarted,
         FileEntry,
         Forked,
-        Principal,
         ProcessView,
         SandboxStatus,
         SandboxView,
         TemplateType,
     )
+    from capsule.principals import Principal
     from capsule.sandboxes.create import Creator
     from capsule.sandboxes.destroy import Destroyer
     from capsule.sandboxes.execs import Execs

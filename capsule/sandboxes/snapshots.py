@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.db.queries.templates import TemplateRow
     from capsule.hosts.links import HostLinks
-    from capsule.model import CreateSnapshot, Principal
+    from capsule.model import CreateSnapshot
+    from capsule.principals import Principal
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.pause import Pauser
     from capsule.sandboxes.rows import SandboxRows

@@ -81,7 +81,9 @@ def world(tmp_path, events):
         "ready": fakes.FakeReadiness(),
     }
     registry = CollectorRegistry()
-    app = create_app(Services(**services), registry=registry, version="1.2.3", spool_dir=tmp_path)
+    app = create_app(
+        Services(**services, people=fakes.nobody()), registry=registry, version="1.2.3", spool_dir=tmp_path
+    )
     return World(**services, registry=registry, app=app, spool_dir=tmp_path)
 
 

@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import trio
 
 from capsule import errors
+from capsule.http.people_ports import PeopleServices
 from capsule.model import (
     ExecResult,
     ExecStarted,
@@ -22,11 +23,11 @@ from capsule.model import (
     HostView,
     Page,
     Position,
-    Principal,
     ProcessView,
     SandboxView,
     TemplateView,
 )
+from capsule.principals import Principal
 
 KEY = "cap_" + "0123456789abcdef" * 2 + "01234567"
 TEAM = UUID(int=7)
@@ -54,12 +55,32 @@ class Faulty:
             raise self.failures[method]
 
 
+def nobody():
+    """Services of capsule.people that refuse everything."""
+    return PeopleServices(**dict.fromkeys(PeopleServices.__slots__, Nobody()))
+
+
 class FakeAuthenticator(Faulty):
     async def api_key(self, key):
         await self._enter("api_key", key)
         if key != KEY:
             raise errors.Unauthorized("This API key is unknown or revoked.")
         return Principal(team_id=TEAM, actor_type="api_key", actor_id=UUID(int=8), actor_name="test")
+
+    async def session(self, token):
+        await self._enter("session", token)
+        raise errors.Unauthorized("The session's token is not valid.")
+
+
+class Nobody:
+    """Stands in for the services of capsule.people, which are tested over a real database."""
+
+    def __getattr__(self, name):
+        async def refuse(*_arguments, **_named):
+            await trio.lowlevel.checkpoint()
+            raise errors.NotFound("There is nobody here.")
+
+        return refuse
 
 
 class FakeSandboxes(Faulty):

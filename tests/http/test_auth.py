@@ -42,7 +42,7 @@ async def test_without_a_good_key_everything_is_401(api, refused, headers):
         ):
             answer = await client.request(method, path, headers=headers)
             refused(answer, 401, "unauthorized")
-            assert answer.headers["www-authenticate"].startswith("ApiKey ")
+            assert answer.headers["www-authenticate"].startswith("Bearer ")
     assert not api.sandboxes.asked
 
 

@@ -70,7 +70,7 @@ async def test_types_have_names_and_limits(document):
     assert exec_body["requestBody"]["required"] is True
     assert exec_body["responses"].keys() >= {"200", "202", "400", "401", "404", "408", "409", "413", "415", "429"}
     assert "`exec_timeout`" in exec_body["responses"]["408"]["description"]
-    assert exec_body["security"] == [{"api_key": []}]
+    assert exec_body["security"] == [{"api_key": []}, {"session": []}]
     parameters = document["paths"]["/v1/sandboxes"]["post"]["parameters"]
     assert [parameter["name"] for parameter in parameters] == ["Idempotency-Key"]
 

@@ -1,0 +1,158 @@
+"""Who may do what: one row per operation of the API. The routes obey it, docs/roles.md and the tests are made from it.
+
+A row says which credentials are taken, whose team is meant, and what the asker has to be there. Teams that a path
+names are looked up by the use-case, in the transaction that acts (`require`); all the rest is decided before the
+handler runs (`admit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from capsule import errors
+from capsule.principals import ROLES, Asker, Permission, Role, User
+
+
+class Credential(Enum):
+    """What a request can be sent with."""
+
+    API_KEY = "api_key"
+    SESSION = "session"
+    HOST = "host"
+
+
+Where = Literal["own", "path", "any"]
+"""Whose role counts: in the credential's team, in the team that the path names, in any team."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """A row. `credentials` empty: anybody. `team` and `role`: the least role, and where. `permission`: of a platform
+    admin. `own`: less than `others` may do it to what they made themselves."""
+
+    credentials: frozenset[Credential] = frozenset()
+    team: Where | None = None
+    role: Role | None = None
+    permission: Permission | None = None
+    others: Role | None = None
+    """The least role for what somebody else of the team made; None: `role` is enough."""
+
+
+_SESSION = frozenset({Credential.SESSION})
+
+ANYBODY = Access()
+HOST = Access(credentials=frozenset({Credential.HOST}))
+TEAM = Access(credentials=frozenset({Credential.API_KEY, Credential.SESSION}), team="own", role="member")
+"""An API key, or a session with a live team."""
+PERSON = Access(credentials=_SESSION)
+TEAM_PERSON = Access(credentials=_SESSION, team="own", role="member")
+KEYS = Access(credentials=_SESSION, team="own", role="member", others="admin")
+ADMIN_SOMEWHERE = Access(credentials=_SESSION, team="any", role="admin")
+
+
+def _of_path(role: Role) -> Access:
+    return Access(credentials=_SESSION, team="path", role=role)
+
+
+def _platform(permission: Permission) -> Access:
+    return Access(credentials=_SESSION, permission=permission)
+
+
+ACCESS: Mapping[str, Access] = {
+    "health": ANYBODY,
+    "ready": ANYBODY,
+    "metrics": ANYBODY,
+    "openapiJson": ANYBODY,
+    "openapiYaml": ANYBODY,
+    "docs": ANYBODY,
+    "docsAsset": ANYBODY,
+    "signUp": ANYBODY,
+    "logIn": ANYBODY,
+    "startOAuth": ANYBODY,
+    "finishOAuth": ANYBODY,
+    "exchangeLoginCode": ANYBODY,
+    "logOut": PERSON,
+    "switchTeam": PERSON,
+    "getMe": PERSON,
+    "updateMe": PERSON,
+    "changePassword": PERSON,
+    "listTeams": PERSON,
+    "createTeam": PERSON,
+    "getTeam": _of_path("member"),
+    "renameTeam": _of_path("admin"),
+    "deleteTeam": _of_path("owner"),
+    "listMembers": _of_path("member"),
+    "addMember": _of_path("admin"),
+    "changeRole": _of_path("admin"),
+    "removeMember": _of_path("admin"),
+    "leaveTeam": _of_path("member"),
+    "searchUsers": ADMIN_SOMEWHERE,
+    "createApiKey": TEAM_PERSON,
+    "listApiKeys": KEYS,
+    "revokeApiKey": KEYS,
+    "listAuditLogs": TEAM_PERSON,
+    "setByoc": _platform("byoc"),
+    "listAllTeams": _platform("directory"),
+    "listAllUsers": _platform("directory"),
+    "listAllHosts": _platform("directory"),
+    **dict.fromkeys(
+        (
+            "createSandbox",
+            "listSandboxes",
+            "getSandbox",
+            "deleteSandbox",
+            "pauseSandbox",
+            "resumeSandbox",
+            "forkSandbox",
+            "pingSandbox",
+            "execInSandbox",
+            "listProcesses",
+            "signalProcess",
+            "writeFile",
+            "readFile",
+            "listFiles",
+            "makeDirectory",
+            "removeFile",
+            "createSnapshot",
+            "listSnapshots",
+            "deleteSnapshot",
+        ),
+        TEAM,
+    ),
+    "registerHost": ANYBODY,
+    "refreshHost": ANYBODY,
+    "heartbeat": HOST,
+}
+"""By name of the operation (its operationId)."""
+
+
+def admit(access: Access, asker: Asker | None) -> None:
+    """Refuse an asker whose credential was found good but does not do: NoTeam, Forbidden."""
+    if access.permission is not None and not (isinstance(asker, User) and access.permission in asker.permissions):
+        raise errors.Forbidden("this is for platform admins; `capsule admin` makes one")
+    if access.team != "own":
+        return
+    principal = asker.principal() if isinstance(asker, User) else asker
+    if principal is None:
+        raise errors.NoTeam("your session has no live team; switch to one that you are a member of, or create one")
+    if access.role is not None and not reaches(principal.role, access.role):
+        raise errors.Forbidden(f"this needs the role {access.role}; you are {principal.role}")
+
+
+def require(operation: str, role: Role | None) -> Role:
+    """The role of the asker in the team that the path names, when it is enough: NotFound for somebody who is no member
+    (as for a team that is not), Forbidden."""
+    if role is None:
+        raise errors.NotFound("there is no such team, or you are not a member of it")
+    least = ACCESS[operation].role
+    if least is not None and not reaches(role, least):
+        raise errors.Forbidden(f"this needs the role {least}; you are {role}")
+    return role
+
+
+def reaches(role: Role, least: Role) -> bool:
+    """Whether `role` may do what needs `least`."""
+    return ROLES.index(role) >= ROLES.index(least)

@@ -1,0 +1,68 @@
+"""Sessions of people: who holds one, which are dead. The token itself is known to its holder only."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+import msgspec
+
+from capsule.db.connection import Connection
+from capsule.db.queries.rows import one
+
+
+class HolderRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A person as a session finds them. `team_id` and `role`: of the session's team, if it lives and they are in it.
+    `permissions`: what a platform admin may."""
+
+    id: UUID
+    email: str
+    name: str
+    team_id: UUID | None
+    role: str | None
+    permissions: list[str]
+
+
+async def holder(
+    tx: Connection, *, user_id: UUID, jti: UUID, issued_at: datetime, team_id: UUID | None
+) -> HolderRow | None:
+    """Who holds this session; None when the account is gone, or the session was ended."""
+    record = await tx.fetchrow(
+        """
+        select u.id, u.email, u.name, t.id as team_id, m.role,
+          case when u.is_admin
+            then array(select permission from admin_permissions p where p.user_id = u.id) else '{}' end as permissions
+        from users u
+          left join memberships m on m.user_id = u.id and m.team_id = $4
+            and exists (select from teams where id = m.team_id and deleted_at is null)
+          left join teams t on t.id = m.team_id
+        where u.id = $1
+          and (u.sessions_valid_from <= $3 or u.kept_session = $2)
+          and not exists (select from revoked_sessions r where r.jti = $2)
+        """,
+        user_id,
+        jti,
+        issued_at,
+        team_id,
+    )
+    return one(HolderRow, record)
+
+
+async def revoke(tx: Connection, *, jti: UUID, user_id: UUID, expires_at: datetime) -> None:
+    """End a session; again is nothing."""
+    await tx.execute(
+        "insert into revoked_sessions (jti, user_id, expires_at) values ($1, $2, $3) on conflict do nothing",
+        jti,
+        user_id,
+        expires_at,
+    )
+
+
+async def prune(tx: Connection) -> None:
+    """Forget ended sessions whose tokens have expired anyway; a thousand at a time."""
+    await tx.execute(
+        """
+        delete from revoked_sessions where jti in (
+          select jti from revoked_sessions where expires_at < now() order by expires_at limit 1000)
+        """
+    )

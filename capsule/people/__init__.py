@@ -1,0 +1,1 @@
+"""People: accounts, sessions, teams, members, keys, the audit trail, platform admins."""
