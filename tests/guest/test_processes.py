@@ -106,10 +106,10 @@ def test_a_tag_is_unique_among_the_living(client, until):
 @pytest.mark.parametrize("by_tag", [False, True])
 def test_signals_reach_the_whole_group(client, by_tag):
     """By pid or tag; as a terminal would send it."""
-    body = {"cmd": "trap 'echo caught; exit 5' TERM; sleep 1000 & wait", "tag": "target"}
+    body = {"cmd": "trap 'echo caught; exit 5' TERM; echo ready; sleep 1000 & wait", "tag": "target"}
     stream = client.open("exec", body)
     pid = client.notice(stream)["pid"]
-    time.sleep(0.1)  # the trap must be set; a signal before it would kill the shell, which the next test shows
+    assert client.stream_frame(stream).data == b"ready\n"  # a signal before the trap would kill the shell
     signal = {"process": "target" if by_tag else pid, "signal": 15}
     assert client.call("processes.signal", signal).reply == {}
     outcome = client.finish(stream)

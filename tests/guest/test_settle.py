@@ -14,6 +14,8 @@ pytestmark = [pytest.mark.host, pytest.mark.skipif(os.geteuid() != 0, reason="co
 
 COUNT = "while :; do echo >> {file}; done"
 """Grows a file as fast as it can."""
+PATIENT = {"timeout_ms": 25_000}
+"""For who wants to see the disk written to: on a busy machine that takes a while, and is not what is tested."""
 
 
 @pytest.fixture
@@ -56,9 +58,9 @@ def test_everything_stands_still_until_the_thaw(client, group, counter, tmp_path
     client.notice(stream)
     until(other.exists, "the grandchild counts")
     goes_on(until, counter)
-    reply = client.call("settle").reply
+    reply = client.call("settle", PATIENT).reply
     assert (reply["frozen"], reply["synced"]) == (True, True)
-    assert 0 <= reply["duration_ms"] < 3000
+    assert 0 <= reply["duration_ms"] < 30_000
     assert group.frozen()
     assert stands_still(client, counter, other)
     assert client.call("thaw").reply == {}
@@ -73,9 +75,9 @@ def test_fifty_busy_processes_and_a_spawner_freeze_in_time(client, group, until)
     client.call("exec", {"cmd": "while :; do (:) & (:) & wait; done", "background": True})
     until(lambda: len(group.pids()) > 50, "all run")
     began = time.monotonic()
-    reply = client.call("settle", {"timeout_ms": 3000}).reply
+    reply = client.call("settle", {"timeout_ms": 10_000}).reply
     assert reply["frozen"] is True
-    assert time.monotonic() - began < 3.5
+    assert time.monotonic() - began < 12
     before = {pid: Path(f"/proc/{pid}/stat").read_text() for pid in group.pids()}
     assert stands_still(client)
     assert {pid: Path(f"/proc/{pid}/stat").read_text() for pid in group.pids()} == before
@@ -143,6 +145,7 @@ def test_sigkill_reaches_the_frozen(client, group, counter, running, until, tmp_
     client.send(Cancel(given_up))
     assert client.finish(given_up).fault == "cancelled"
     until(lambda: not any(map(running, pids)), "both are dead")
+    until(lambda: client.call("info").reply["processes"] == 1, "they are reaped")
     assert [found["tag"] for found in client.call("processes.list").reply["processes"]] == ["trap"]
     assert client.call("info").reply["frozen"] is True
     assert not trapped.exists()
@@ -172,8 +175,8 @@ def test_twice_and_unasked(client, group, counter, until):
 def test_the_forgotten_thaws_by_itself(client, group, counter, until):
     """After the time that settle was given; a second settle counts anew."""
     client.call("settle", {"thaw_after_ms": 200})
-    client.call("settle", {"thaw_after_ms": 1500})
     began = time.monotonic()
+    client.call("settle", {"thaw_after_ms": 1500})
     until(lambda: not group.frozen(), "it thaws")
     assert time.monotonic() - began > 1.0
     goes_on(until, counter)
@@ -193,7 +196,7 @@ def test_wrong_values_freeze_nothing(client, group, counter, until, body):
 def test_without_control_groups(start_guest):
     """The guest goes on as before, and says so."""
     client = start_guest().connect()
-    reply = client.call("settle").reply
+    reply = client.call("settle", PATIENT).reply
     assert (reply["frozen"], reply["synced"]) == (False, True)
     assert client.call("exec", {"cmd": "true"}).reply["exit_code"] == 0
     assert client.call("info").reply["frozen"] is False
@@ -219,7 +222,7 @@ def test_the_group_is_unusable(client, group):
     shown = client.call("exec", {"cmd": "cat /proc/self/cgroup"})
     assert shown.reply["exit_code"] == 0
     assert group.path.name not in shown.stdout.decode()
-    assert client.call("settle").reply["synced"] is True
+    assert client.call("settle", PATIENT).reply["synced"] is True
     assert client.call("exec", {"cmd": "true"}).fault == "invalid_state"
     assert client.call("thaw").reply == {}
     assert client.call("exec", {"cmd": "true"}).reply["exit_code"] == 0

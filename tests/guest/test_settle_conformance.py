@@ -10,7 +10,7 @@ import trio
 from agent.guest.client import GuestLink
 from agent.guest.fake import FakeGuest
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 
 
 @pytest.fixture(params=["fake", pytest.param("daemon", marks=pytest.mark.host)])
@@ -50,10 +50,10 @@ async def test_settle_and_thaw(connect):
     """What was reached, in any order and number."""
     async with connect() as guest:
         assert await call(guest, "thaw") == {}
-        for body in ({}, {"timeout_ms": 2000, "thaw_after_ms": 30_000}):
+        for body in ({"timeout_ms": 25_000}, {"timeout_ms": 25_000, "thaw_after_ms": 60_000}):
             reply = await call(guest, "settle", body)
             assert (reply["frozen"], reply["synced"]) == (True, True)
-            assert 0 <= reply["duration_ms"] < 2000
+            assert 0 <= reply["duration_ms"] < 25_000
             assert set(reply) == {"frozen", "synced", "duration_ms"}
         assert await call(guest, "thaw") == {}
 

@@ -61,6 +61,7 @@ def test_the_new_host_ends_what_the_old_one_left(client, guest, group, jobs, run
     assert bystander.closed_by_peer()
     goes_on(until, files["background"])
     assert new.finish(later).stdout == b"hello\n"
+    until(lambda: new.call("info").reply["processes"] == 1, "the others are reaped")
     assert [found["tag"] for found in new.call("processes.list").reply["processes"]] == ["background"]
     assert guest.connect().call("settle").reply["frozen"] is True
 
@@ -188,8 +189,8 @@ def test_a_host_that_vanishes_is_noticed(start_settling, until, running, tmp_pat
     subprocess.run(["nsenter", "-t", str(guest.pid), "-n", "ip", "link", "set", "lo", "down"], check=True)
     began = time.monotonic()
     until(lambda: not running(pid), "its foreground process was killed")
-    assert time.monotonic() - began < 8
-    assert connections(guest) == 0
+    assert time.monotonic() - began < 25
+    until(lambda: connections(guest) == 0, "the connection was closed")
     goes_on(until, file)
 
 

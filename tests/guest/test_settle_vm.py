@@ -26,7 +26,7 @@ QEMU = "qemu-system-x86_64"
 MEMORY = "192M"
 CPU = "max,rdrand=off,rdseed=off"
 """Without the instructions that would give every clone its own random numbers, whatever we do."""
-BOOT_SECONDS = 60
+BOOT_SECONDS = 120
 NETWORK = "user,id=net,net=169.254.0.20/30,host=169.254.0.22,dhcpstart=169.254.0.21,dns=169.254.0.23,restrict=on"
 """QEMU's own network: no root, no way out, and the daemon's only peer is the forwarded port."""
 
@@ -187,13 +187,13 @@ def test_fifty_processes_and_a_spawner_freeze_in_time(client, until):
     client.call("exec", {"cmd": ENGINE + COUNT, "background": True, "tag": "count"})
     client.call("exec", {"cmd": SPAWNER, "background": True})
     client.call("exec", {"cmd": BUSY, "background": True})
-    until(lambda: size(client, "/run/count"), "it counts", 30)
-    until(lambda: processes(client) > 50, "all run", 30)
+    until(lambda: size(client, "/run/count"), "it counts", 60)
+    until(lambda: processes(client) > 50, "all run", 60)
     began = time.monotonic()
-    reply = client.call("settle", {"timeout_ms": 3000}).reply
+    reply = client.call("settle", {"timeout_ms": 10_000}).reply
     took = time.monotonic() - began
     assert reply["frozen"] is True
-    assert took < 5
+    assert took < 15
     counted = size(client, "/run/count")
     end = time.monotonic() + 1
     while time.monotonic() < end:
@@ -244,7 +244,7 @@ def frozen(machines, booted, client, until, tmp_path):
     pid = client.call("exec", {"cmd": RANDOM, "background": True}).reply["pid"]
     client.notice(client.open("exec", {"cmd": "sleep 1000"}))
     until(lambda: size(client, "/run/random"), "it draws", 30)
-    reply = client.call("settle").reply
+    reply = client.call("settle", {"timeout_ms": 25_000}).reply  # the machine's disk may be busy
     assert (reply["frozen"], reply["synced"]) == (True, True)
     drawn = size(client, "/run/random")
     migrate(booted, tmp_path / "state", until)
@@ -256,7 +256,7 @@ def frozen(machines, booted, client, until, tmp_path):
 
 @pytest.fixture
 def clone(machines, frozen, reach, until):
-    """`clone(name)`: a connection to a clone that has been told who it is."""
+    """`clone(name)`: a connection to a clone that has been told who it is, and how long ago its time was looked up."""
 
     def start(name):
         machine = machines.start(machines.directory / f"clone-{name}.qcow2", "-incoming", f"exec:cat {frozen.state}")
@@ -265,8 +265,9 @@ def clone(machines, frozen, reach, until):
         connection = reach(machine)
         assert connection.call("info").reply["frozen"] is True
         body = {"hostname": f"clone-{name}", "machine_id": name * 32, "entropy": os.urandom(64)}
-        assert connection.call("configure", {**body, "time_ns": time.time_ns()}).reply == {}
-        return connection
+        now = time.time_ns()
+        assert connection.call("configure", {**body, "time_ns": now}).reply == {}
+        return connection, (time.time_ns() - now) / 1e9
 
     return start
 
@@ -276,9 +277,9 @@ def test_two_clones_have_nothing_random_in_common(clone, frozen, until):
     the boot's, which they share."""
     found = []
     for name in "ab":
-        link = clone(name)
+        link, late = clone(name)
         asked = time.time()
-        assert asked - 0.5 < float(shell(link, "date +%s.%N")) < time.time() + 0.5
+        assert asked - 0.5 - late < float(shell(link, "date +%s.%N")) < time.time() + 0.5
         identity = shell(link, "uname -n; cat /etc/hostname /etc/machine-id").split()
         assert identity == [f"clone-{name}", f"clone-{name}", name * 32]
         assert shell(link, "cat /proc/sys/kernel/random/boot_id") == frozen.boot_id
