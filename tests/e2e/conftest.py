@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-START_SECONDS = 60
+START_SECONDS = 120
 HTTP_SECONDS = 150
 
 
@@ -95,15 +95,18 @@ class Platform:
             limits=httpx.Limits(max_connections=None),
         )
 
-    def vmm_pids(self) -> list[int]:
-        """QEMU processes of this platform."""
-        return [pid for pid in _pids() if b"qemu-system" in _cmdline(pid) and self._is_ours(pid)]
+    def vmm_pids(self, sandbox: dict | None = None) -> list[int]:
+        """QEMU processes of this platform, or of one sandbox: golden snapshots are made by VMs that come and go."""
+        found = [pid for pid in _pids() if b"qemu-system" in _cmdline(pid) and self._is_ours(pid)]
+        return found if sandbox is None else [pid for pid in found if _directory(pid) == self.directory(sandbox)]
+
+    def directory(self, sandbox: dict) -> Path:
+        """Where the agent keeps what a sandbox has."""
+        return self.data / "agent/sandboxes" / sandbox["id"].removeprefix("sb-")
 
     def _is_ours(self, pid: int) -> bool:
-        try:
-            return str(Path(f"/proc/{pid}/cwd").readlink()).startswith(str(self.data))
-        except OSError:
-            return False
+        directory = _directory(pid)
+        return directory is not None and str(directory).startswith(str(self.data))
 
     def pids(self) -> list[int]:
         """Every process that has to do with this platform."""
@@ -112,6 +115,13 @@ class Platform:
 
 def _pids() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and int(path.name) != os.getpid()]
+
+
+def _directory(pid: int) -> Path | None:
+    try:
+        return Path(f"/proc/{pid}/cwd").readlink()
+    except OSError:
+        return None
 
 
 def _cmdline(pid: int) -> bytes:

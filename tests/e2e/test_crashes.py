@@ -36,12 +36,13 @@ class Round:
         return None
 
     def live(self):
+        """What runs; None when there is no answer."""
         answer = self.call("GET", "/sandboxes", params={"status": "running"})
-        return [one["id"] for one in answer.json()] if answer is not None and answer.status_code == 200 else []
+        return [one["id"] for one in answer.json()] if answer is not None and answer.status_code == 200 else None
 
     def run(self, victim):
         """Do it, and kill `victim` in the middle."""
-        live = self.live()
+        live = self.live() or []
         with ThreadPoolExecutor(8) as pool:
             jobs = []
             if len(live) < LIVE_AT_ONCE:
@@ -75,13 +76,13 @@ def test_rows_are_true_after_every_crash(start_platform, slots, poll):
         assert rounds.unexpected == [], f"seed {SEED}"
         statuses = "pending,starting,stopping,pausing,resuming,missing"
         poll(lambda: _settled(rounds, statuses), 120, f"rows that are settled (seed {SEED})")
-        running = rounds.live()
+        running = poll(lambda: (found := rounds.live()) is not None and (found,), 30, "a list")[0]
         for sandbox in running:
-            poll(lambda one=sandbox: _answers(rounds, one), 30, f"an answer from {sandbox} (seed {SEED})")
+            poll(lambda one=sandbox: _answers(rounds, one), 60, f"an answer from {sandbox} (seed {SEED})")
         known = {name.removeprefix("sb-") for name in running}
-        poll(lambda: len(platform.vmm_pids()) == len(known), 30, f"{len(known)} VMs (seed {SEED})")
-        poll(lambda: {p.name for p in (platform.data / "agent/sandboxes").iterdir()} == known, 30, "directories")
-        poll(lambda: len(slots()) == len(known) + AHEAD, 30, f"slots of {len(known)} sandboxes (seed {SEED})")
+        poll(lambda: len(platform.vmm_pids()) == len(known), 120, f"{len(known)} VMs (seed {SEED})")
+        poll(lambda: {p.name for p in (platform.data / "agent/sandboxes").iterdir()} == known, 120, "directories")
+        poll(lambda: len(slots()) == len(known) + AHEAD, 120, f"slots of {len(known)} sandboxes (seed {SEED})")
 
 
 def _settled(rounds, statuses):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,9 @@ def _snapshot(platform, sandbox):
     """The directory of the sandbox's snapshot."""
     name = sandbox["id"].removeprefix("sb-")
     root = platform.data / "agent/snapshots/snapshots"
-    (found,) = [path.parent for path in root.glob("*/manifest.json") if name in path.read_text(errors="replace")]
-    return found
+    found = json.loads((platform.directory(sandbox) / "record.json").read_bytes())["base"]
+    assert name in (root / found / "manifest.json").read_text(errors="replace")
+    return root / found
 
 
 def _flip(path: Path, offset: int) -> None:
@@ -37,16 +39,16 @@ def paused(api, create, run):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "mem.header", "vm.state"])
-def test_a_flipped_bit_is_refused(platform, api, run, paused, name):
+def test_a_flipped_bit_is_refused(platform, api, run, paused, poll, name):
     """409 `snapshot_damaged` naming the file; no VM, still paused; with the bit put back it resumes."""
     url = f"/sandboxes/{paused['id']}"
     file = _snapshot(platform, paused) / name
-    vmms = set(platform.vmm_pids())
+    poll(lambda: platform.vmm_pids(paused) == [], 30, "its VMM gone")
     _flip(file, file.stat().st_size // 2)
     answer = api.post(f"{url}/resume")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "snapshot_damaged"), answer.text
     assert name in answer.json()["error"]["message"]
-    assert set(platform.vmm_pids()) <= vmms
+    assert platform.vmm_pids(paused) == []
     assert api.get(url).json()["status"] == "paused"
     _flip(file, file.stat().st_size // 2)
     assert api.post(f"{url}/resume").json()["status"] == "running"
@@ -59,14 +61,14 @@ def test_a_flipped_bit_in_the_data(platform, api, paused, poll):
     url = f"/sandboxes/{paused['id']}"
     snapshot = _snapshot(platform, paused)
     (snapshot / "working-set").unlink(missing_ok=True)
-    builds = [path for path in (platform.data / "agent/snapshots/builds").glob("*/data") if path.stat().st_size > MIB]
+    builds = [path for path in (platform.data / "agent/snapshots/builds").glob("*/data") if _belongs(snapshot, path)]
+    builds = [path for path in builds if path.stat().st_size > MIB]
     for data in builds:
-        if _belongs(snapshot, data):
-            for offset in range(2048, data.stat().st_size, 64 * 1024):
-                _flip(data, offset)
+        for offset in range(2048, data.stat().st_size, 64 * 1024):
+            _flip(data, offset)
     answer = api.post(f"{url}/resume")
     if answer.status_code == 200:
-        poll(lambda: api.get(url).json()["status"] == "error", 30, "the damage to be found")
+        poll(lambda: api.get(url).json()["status"] == "error", 60, "the damage to be found")
         assert "data" in api.get(url).json()["reason"]
     else:
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "snapshot_damaged"), answer.text

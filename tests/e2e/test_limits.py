@@ -59,7 +59,7 @@ def test_an_upload_of_200_mb_is_refused(platform, api, create):
     assert resident(daemons(platform)) - before < 64
 
 
-def test_a_guest_that_floods_stdout(platform, api, create, run):
+def test_a_guest_that_floods_stdout(platform, api, create, run, poll):
     """Endless output: 413 with its beginning, bounded memory, the neighbour answers meanwhile."""
     flooder, neighbour = create(), create()
     before = resident(daemons(platform))
@@ -72,7 +72,7 @@ def test_a_guest_that_floods_stdout(platform, api, create, run):
             assert (answer.status_code, answer.json()["error"]["code"]) == (413, "output_too_large")
             assert answer.json()["error"]["stdout"].startswith("flood\n")
     assert run(flooder, "echo alive")["stdout"] == "alive\n"
-    assert run(flooder, "pgrep -c yes || true")["stdout"] == "0\n"
+    poll(lambda: run(flooder, "pgrep -c yes || true")["stdout"] == "0\n", 20, "all of them dead and reaped")
     assert resident(daemons(platform)) - before < 400
 
 

@@ -306,15 +306,15 @@ def _nothing_left_over(crashes, platform, slots, poll):
     running = {name.removeprefix("sb-") for name, status in live.items() if status == "running"}
     known = {name.removeprefix("sb-") for name in live}
     state = platform.data / "agent"
-    poll(lambda: {p.name for p in (state / "sandboxes").iterdir()} == known, 30, f"directories (seed {SEED})")
-    poll(lambda: len(platform.vmm_pids()) <= len(running) + 1, 60, f"{len(running)} VMs (seed {SEED})")
-    poll(lambda: len(slots()) <= len(running) + AHEAD + 1, 60, f"slots (seed {SEED})")
+    poll(lambda: {p.name for p in (state / "sandboxes").iterdir()} == known, 120, f"directories (seed {SEED})")
+    poll(lambda: len(platform.vmm_pids()) <= len(running) + 1, 120, f"{len(running)} VMs (seed {SEED})")
+    poll(lambda: len(slots()) <= len(running) + AHEAD + 1, 120, f"slots (seed {SEED})")
     for sandbox in live:
         poll(lambda one=sandbox: _deleted(crashes, one), 60, f"the end of {sandbox} (seed {SEED})")
     store = state / "snapshots"
-    poll(lambda: not list((state / "sandboxes").iterdir()), 30, "no directories")
-    poll(lambda: _owned_snapshots(store) == [], 60, f"no snapshots (seed {SEED})")
-    poll(lambda: _unused_parts(store) == [], 60, f"no builds or layers of what is gone (seed {SEED})")
+    poll(lambda: not list((state / "sandboxes").iterdir()), 120, "no directories")
+    poll(lambda: _owned_snapshots(store) == [], 120, f"no snapshots (seed {SEED})")
+    poll(lambda: _unused_parts(store) == [], 120, f"no builds or layers of what is gone (seed {SEED})")
 
 
 def _deleted(crashes, sandbox):

@@ -84,7 +84,7 @@ class Races(RuleBasedStateMachine):
         if not hasattr(self, "api"):
             return
         for sandbox in self.sandboxes:
-            status = self.poll(lambda one=sandbox: self._at_rest(one), 30, f"{sandbox} at rest")
+            status = self.poll(lambda one=sandbox: self._at_rest(one), 60, f"{sandbox} at rest")
             if sandbox in self.over:
                 assert status == "stopped"
             else:
@@ -118,4 +118,4 @@ def test_one_winner_each(platform, poll):
         suppress_health_check=list(HealthCheck),
     )
     case("runTest").runTest()
-    poll(lambda: list((platform.data / "agent/sandboxes").iterdir()) == [], 30, "no directories left over")
+    poll(lambda: list((platform.data / "agent/sandboxes").iterdir()) == [], 120, "no directories left over")

@@ -27,7 +27,7 @@ def test_nothing_is_left(start_platform, slots, poll):
         assert list((one.data / "agent/sandboxes").iterdir()) == []
         assert not one.ready_file.exists()
         assert list((one.data / "run").iterdir()) == []
-        poll(lambda: (slots(), links(), rules(), Path("/proc/sys/net/ipv4/ip_forward").read_text()) == before, 10)
+        poll(lambda: (slots(), links(), rules(), Path("/proc/sys/net/ipv4/ip_forward").read_text()) == before, 60)
         one.start()
         with one.client() as api:
             for sandbox in made:
