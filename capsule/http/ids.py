@@ -10,9 +10,13 @@ from capsule.errors import InvalidRequest
 UUID_FORM = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 SANDBOX_FORM = rf"^(sb-{UUID_FORM}|[0-9a-f]{{32}})$"
 HOST_FORM = rf"^host-{UUID_FORM}$"
+KEY_FORM = rf"^key-{UUID_FORM}$"
+LOG_FORM = rf"^log-{UUID_FORM}$"
 
 _SANDBOX = re.compile(SANDBOX_FORM.strip("^$"))
 _HOST = re.compile(HOST_FORM.strip("^$"))
+_KEY = re.compile(KEY_FORM.strip("^$"))
+_LOG = re.compile(LOG_FORM.strip("^$"))
 
 
 def parse_sandbox_id(text: str) -> UUID:
@@ -29,6 +33,20 @@ def parse_host_id(text: str) -> UUID:
     return UUID(text.removeprefix("host-"))
 
 
+def parse_key_id(text: str) -> UUID:
+    """`key-{uuid}`; anything else is InvalidRequest."""
+    if not _KEY.fullmatch(text):
+        raise InvalidRequest("An API key's id is `key-` and a lower-case UUID.", field="key_id")
+    return UUID(text.removeprefix("key-"))
+
+
+def parse_log_id(text: str) -> UUID:
+    """`log-{uuid}`; anything else is InvalidRequest."""
+    if not _LOG.fullmatch(text):
+        raise InvalidRequest("The id of an audit row is `log-` and a lower-case UUID.", field="before_id")
+    return UUID(text.removeprefix("log-"))
+
+
 def sandbox_id(value: UUID) -> str:
     """A sandbox's id as the API spells it."""
     return f"sb-{value}"
@@ -42,3 +60,18 @@ def host_id(value: UUID) -> str:
 def team_id(value: UUID) -> str:
     """A team's id as the API spells it."""
     return f"team-{value}"
+
+
+def key_id(value: UUID) -> str:
+    """An API key's id as the API spells it."""
+    return f"key-{value}"
+
+
+def log_id(value: UUID) -> str:
+    """The id of a row of the audit trail as the API spells it."""
+    return f"log-{value}"
+
+
+def user_id(value: UUID) -> str:
+    """A person's id as the API spells it."""
+    return f"usr-{value}"
