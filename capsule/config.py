@@ -67,6 +67,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Memory is not sold twice unless asked: a host that runs out of it kills guests."""
     disk_overcommit: Factor = 4.0
     """Overlays are sparse; few sandboxes fill their disk."""
+    github_client_id: str = ""
+    """Of the OAuth app that people sign in with; empty: nobody signs in through GitHub."""
+    github_client_secret: str = ""
+    github_url: str = "https://github.com"
+    """Where GitHub asks people whether they want to sign in; an Enterprise server's own address."""
+    github_api_url: str = "https://api.github.com"
+    """Its API; an Enterprise server's is https://<its name>/api/v3."""
 
     @property
     def bind_address(self) -> tuple[str, int]:
@@ -99,7 +106,25 @@ def load(values: Mapping[str, str]) -> Settings:
         raise SettingsError(f"{PREFIX}BIND: {err}") from err
     if settings.public_url and urlsplit(settings.public_url).scheme not in {"http", "https"}:
         raise SettingsError(f"{PREFIX}PUBLIC_URL must start with http:// or https://")
+    _check_github(settings)
     return settings
+
+
+def _check_github(settings: Settings) -> None:
+    """SettingsError when signing in through GitHub is configured by half."""
+    if bool(settings.github_client_id) != bool(settings.github_client_secret):
+        given, missing = ("ID", "SECRET") if settings.github_client_id else ("SECRET", "ID")
+        raise SettingsError(
+            f"{PREFIX}GITHUB_CLIENT_{given} is set without {PREFIX}GITHUB_CLIENT_{missing}; set both, or neither"
+        )
+    if settings.github_client_id and not settings.public_url:
+        raise SettingsError(
+            f"{PREFIX}PUBLIC_URL must be set for signing in through GitHub: it sends people back to that address"
+        )
+    for name, url in (("GITHUB_URL", settings.github_url), ("GITHUB_API_URL", settings.github_api_url)):
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.netloc or parts.query or parts.fragment:
+            raise SettingsError(f"{PREFIX}{name} must be like https://github.example, without a query")
 
 
 def split_address(text: str) -> tuple[str, int]:
