@@ -8,7 +8,7 @@ from uuid import UUID
 import msgspec
 
 from capsule.db.connection import Connection
-from capsule.db.queries.rows import one
+from capsule.db.queries.rows import one, only
 
 
 class HolderRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +21,53 @@ class HolderRow(msgspec.Struct, frozen=True, kw_only=True):
     team_id: UUID | None
     role: str | None
     permissions: list[str]
+
+
+class LandingRow(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a login lands (`team_id` and `role` None: no team of theirs lives), and when it is."""
+
+    team_id: UUID | None
+    role: str | None
+    now: datetime
+
+
+class PlaceRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A team as somebody who wants to act for it finds it. `role` None: they are no member of it."""
+
+    role: str | None
+    now: datetime
+
+
+async def landing(tx: Connection, user_id: UUID) -> LandingRow:
+    """The default team if it lives, else the first they joined that does. For an account that is.
+
+    `now` is never before the moment from which their sessions are good, even when the server's clock was set back.
+    """
+    record = await tx.fetchrow(
+        """
+        select place.team_id, place.role, greatest(clock_timestamp(), u.sessions_valid_from) as now
+        from users u left join lateral (
+          select m.team_id, m.role from memberships m join teams t on t.id = m.team_id and t.deleted_at is null
+          where m.user_id = u.id order by m.is_default desc, m.joined_at, m.team_id limit 1) place on true
+        where u.id = $1
+        """,
+        user_id,
+    )
+    return only(LandingRow, record)
+
+
+async def place(tx: Connection, user_id: UUID, team_id: UUID) -> PlaceRow | None:
+    """Somebody's role in a team, and when it is, as in `landing`; None for a team that is not or was deleted."""
+    record = await tx.fetchrow(
+        """
+        select m.role, greatest(clock_timestamp(), u.sessions_valid_from) as now
+        from teams t join users u on u.id = $1 left join memberships m on m.team_id = t.id and m.user_id = u.id
+        where t.id = $2 and t.deleted_at is null
+        """,
+        user_id,
+        team_id,
+    )
+    return one(PlaceRow, record)
 
 
 async def holder(

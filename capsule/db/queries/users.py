@@ -32,15 +32,25 @@ _COLUMNS = columns(UserRow).replace(
 
 
 async def insert(
-    tx: Connection, *, email: str, name: str, password_hash: str | None = None, is_admin: bool = False
+    tx: Connection,
+    *,
+    email: str,
+    name: str,
+    password_hash: str | None = None,
+    is_admin: bool = False,
+    user_id: UUID | None = None,
 ) -> UserRow:
     """A new account. ConstraintViolated("users_email_key") when the address is taken, in whatever case."""
     record = await tx.fetchrow(
-        f"insert into users (email, name, password_hash, is_admin) values ($1, $2, $3, $4) returning {_COLUMNS}",
+        f"""
+        insert into users (id, email, name, password_hash, is_admin)
+        values (coalesce($5, gen_random_uuid()), $1, $2, $3, $4) returning {_COLUMNS}
+        """,
         email,
         name,
         password_hash,
         is_admin,
+        user_id,
     )
     return only(UserRow, record)
 
@@ -53,3 +63,40 @@ async def get(tx: Connection, user_id: UUID) -> UserRow | None:
 async def by_email(tx: Connection, email: str) -> UserRow | None:
     """By address, in whatever case."""
     return one(UserRow, await tx.fetchrow(f"select {_COLUMNS} from users where lower(email) = lower($1)", email))
+
+
+async def hold(tx: Connection, user_id: UUID) -> UserRow | None:
+    """By id, unchanged until the transaction ends: what happens to the password meanwhile happens after it."""
+    return one(UserRow, await tx.fetchrow(f"select {_COLUMNS} from users where id = $1 for share", user_id))
+
+
+async def lock(tx: Connection, user_id: UUID) -> UserRow | None:
+    """By id, for a change: sessions that begin wait until the transaction ends."""
+    return one(UserRow, await tx.fetchrow(f"select {_COLUMNS} from users where id = $1 for no key update", user_id))
+
+
+async def rename(tx: Connection, user_id: UUID, name: str) -> None:
+    """Another name."""
+    await tx.execute("update users set name = $2 where id = $1", user_id, name)
+
+
+async def rehash(tx: Connection, user_id: UUID, *, old_hash: str, new_hash: str) -> None:
+    """The same password, hashed otherwise; nothing when it is not the same any more."""
+    await tx.execute(
+        "update users set password_hash = $3 where id = $1 and password_hash = $2", user_id, old_hash, new_hash
+    )
+
+
+async def set_password(tx: Connection, user_id: UUID, password_hash: str, *, kept_session: UUID) -> None:
+    """Another password, which ends all sessions but one. The row must be locked: the moment from which sessions are
+    good is read here, and must be after the last one that began."""
+    await tx.execute(
+        """
+        update users set password_hash = $2, kept_session = $3,
+          sessions_valid_from = greatest(clock_timestamp(), sessions_valid_from + interval '1 microsecond')
+        where id = $1
+        """,
+        user_id,
+        password_hash,
+        kept_session,
+    )

@@ -1,0 +1,96 @@
+"""How an account begins, and in which team its holder lands. Parts of other use-cases' transactions."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, cast
+from uuid import UUID
+
+from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, validate_email
+
+from capsule import errors
+from capsule.auth.sessions import SessionHolder
+from capsule.db.queries import audit, sessions, teams, users
+
+if TYPE_CHECKING:
+    from capsule.db.connection import Connection
+    from capsule.db.queries.users import UserRow
+    from capsule.principals import Role
+
+# The library's way to allow a name. People of a company's own network (`.internal`, `.local`, `.test`) sign up too;
+# only what never is in an address stays refused.
+SPECIAL_USE_DOMAIN_NAMES[:] = ["arpa", "invalid"]
+
+MAX_TEAM_NAME = 128
+FALLBACK_TEAM_NAME = "My Team"
+MAX_EMAIL = 320
+"""Characters, as the database has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landing:
+    """What a session begins with. `issued_at` is the database's clock."""
+
+    holder: SessionHolder
+    issued_at: datetime
+
+
+async def register(
+    tx: Connection, *, email: str, name: str, password_hash: str | None, user_id: UUID | None = None
+) -> UserRow:
+    """A new account that owns its default team. ConstraintViolated("users_email_key") when the address is taken."""
+    user = await users.insert(tx, email=email, name=name, password_hash=password_hash, user_id=user_id)
+    team = await teams.insert(tx, name=default_team_name(name), owner_id=user.id, is_default=True)
+    await audit.append(
+        tx,
+        actor_type="user",
+        actor_id=user.id,
+        actor_name=user.email,
+        team_id=team.id,
+        resource_type="team",
+        resource_id=f"team-{team.id}",
+        action="create",
+        scope="admin",
+    )
+    return user
+
+
+async def land(tx: Connection, user: UserRow) -> Landing:
+    """Their session as of now, in the default team if that lives, else in the live one they joined first, else in none.
+
+    Call it with the user's row locked (`users.hold`, or made by this transaction), so that a change of password comes
+    either before the session or after it, and ends it.
+    """
+    row = await sessions.landing(tx, user.id)
+    holder = SessionHolder(
+        user_id=user.id,
+        email=user.email,
+        name=user.name,
+        is_admin=user.is_admin,
+        team_id=row.team_id,
+        role=cast("Role | None", row.role),
+    )
+    return Landing(holder=holder, issued_at=row.now)
+
+
+def default_team_name(name: str) -> str:
+    """`<name>'s Team` in the letters that a team's name may have; what is not among them is dropped."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    kept = " ".join("".join(letter for letter in plain if letter.isalnum() or letter in " _-@'").split())
+    ending = "'s Team"
+    kept = kept[: MAX_TEAM_NAME - len(ending)].strip()
+    return kept + ending if kept else FALLBACK_TEAM_NAME
+
+
+def email_address(text: str) -> str:
+    """The address in normal form; InvalidRequest. Nothing is looked up, and names that mean something in one network
+    only (`.internal`, `.test`, a bare host name) do."""
+    try:
+        found = validate_email(text, check_deliverability=False, globally_deliverable=False).normalized
+    except EmailNotValidError as err:
+        raise errors.InvalidRequest(f"email: {err}", field="email") from err
+    if len(found) > MAX_EMAIL:
+        raise errors.InvalidRequest(f"email: at most {MAX_EMAIL} characters.", field="email")
+    return found
