@@ -6,11 +6,11 @@ The database is asked on every request: a key that was revoked is dead at once, 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import re
 import secrets
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from hmac import compare_digest
 from typing import TYPE_CHECKING
 
 from capsule import errors
@@ -19,6 +19,8 @@ from capsule.db.queries import keys as rows
 from capsule.principals import Principal
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
     from capsule.db.queries.keys import ApiKeyRow
@@ -47,7 +49,25 @@ class NewKey:
 
 def new_key() -> NewKey:
     """`cap_` and 40 hex digits: 160 bits."""
-    text = PREFIX + secrets.token_hex(20)
+    return _key(secrets.token_hex(20))
+
+
+def replayable_key(secret: bytes, salt: UUID, *, team: UUID, user: UUID, idempotency_key: str) -> NewKey:
+    """The key that a request with an Idempotency-Key makes, and that the same request is answered with again although
+    only its hash is stored: 160 bits of HMAC-SHA256 (RFC 2104) under `secret`, a key of this purpose alone.
+
+    `salt` is random and stands in the row of the Idempotency-Key only, which is forgotten after 24 hours. Who reads the
+    database without the control plane's secret key learns nothing; who has both can make anew the keys of the last
+    day that were asked for with an Idempotency-Key, and no others, since what those were made from is gone. This
+    leaks least: a key stored beside its hash, sealed or not, stands in every backup; one derived from its own id can be
+    made anew for as long as it lives. `team` and `user` go in as well: one person's claim is no other's.
+    """
+    message = salt.bytes + team.bytes + user.bytes + idempotency_key.encode()  # only the last varies in length
+    return _key(hmac.digest(secret, message, "sha256").hex()[:40])
+
+
+def _key(digits: str) -> NewKey:
+    text = PREFIX + digits
     return NewKey(text, text[:SHOWN_CHARACTERS], digest(text))
 
 
@@ -87,7 +107,7 @@ class ApiKeyAuthenticator:
 
 async def _use(connection: Connection, sha256: bytes) -> ApiKeyRow | None:
     row = await rows.by_hash(connection, sha256)
-    if row is None or not compare_digest(row.sha256, sha256):
+    if row is None or not hmac.compare_digest(row.sha256, sha256):
         return None
     if row.team_alive and (row.last_used_at is None or datetime.now(UTC) - row.last_used_at > TOUCH_INTERVAL):
         await rows.touch_last_used(connection, row.id)

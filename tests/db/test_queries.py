@@ -286,7 +286,10 @@ async def test_api_keys(db: Database, team: TeamRow):
     assert key.team_alive
     assert await db.run(keys.by_hash, HASH) == key
     assert await db.run(keys.by_hash, bytes(32)) is None
-    assert await db.run(keys.list_for_team, team.id) == [key]
+    listed = await db.run(keys.listed, key.id)
+    assert listed is not None
+    assert (listed.name, listed.created_at, listed.creator_email) == ("ci", key.created_at, None)
+    assert await db.run(partial(keys.page, team_id=team.id, limit=9)) == [listed]
     await db.run(keys.touch_last_used, key.id)
     used = await db.run(keys.by_hash, HASH)
     assert used is not None
