@@ -67,6 +67,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Memory is not sold twice unless asked: a host that runs out of it kills guests."""
     disk_overcommit: Factor = 4.0
     """Overlays are sparse; few sandboxes fill their disk."""
+    max_teams_per_user: Annotated[int, msgspec.Meta(ge=1)] = 50
+    """Teams that a user may own; those that were deleted do not count."""
     github_client_id: str = ""
     """Of the OAuth app that people sign in with; empty: nobody signs in through GitHub."""
     github_client_secret: str = ""
@@ -122,9 +124,16 @@ def _check_github(settings: Settings) -> None:
             f"{PREFIX}PUBLIC_URL must be set for signing in through GitHub: it sends people back to that address"
         )
     for name, url in (("GITHUB_URL", settings.github_url), ("GITHUB_API_URL", settings.github_api_url)):
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.netloc or parts.query or parts.fragment:
+        if not _is_base_url(url):
             raise SettingsError(f"{PREFIX}{name} must be like https://github.example, without a query")
+
+
+def _is_base_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:  # a bracket without its other half
+        return False
+    return parts.scheme in {"http", "https"} and bool(parts.netloc) and not parts.query and not parts.fragment
 
 
 def split_address(text: str) -> tuple[str, int]:

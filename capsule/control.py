@@ -28,6 +28,7 @@ from agent.actor.settings import SettingsError
 from agent.actor.watchdog import LoopWatchdog
 from capsule.auth.authenticator import Authenticator
 from capsule.auth.keys import ApiKeyAuthenticator
+from capsule.auth.rate_limits import RateLimits
 from capsule.auth.sessions import SessionAuthenticator, SessionTokens
 from capsule.db.errors import DatabaseError, DatabaseUnavailable
 from capsule.db.migrate import migrate
@@ -193,10 +194,11 @@ def _templates(sandboxes: Sandboxes) -> Templates:
 
 
 def _people(settings: Settings, db: Database) -> PeopleServices:
+    limits = RateLimits(db)
     return PeopleServices(
         accounts=Accounts(db, settings),
         oauth=OAuth(db, settings),
-        teams=Teams(db, settings),
+        teams=Teams(db, settings, limits),
         api_keys=ApiKeys(db, settings),
         audit=AuditTrail(db, settings),
         platform=Platform(db, settings),
