@@ -12,11 +12,15 @@ SANDBOX_FORM = rf"^(sb-{UUID_FORM}|[0-9a-f]{{32}})$"
 HOST_FORM = rf"^host-{UUID_FORM}$"
 KEY_FORM = rf"^key-{UUID_FORM}$"
 LOG_FORM = rf"^log-{UUID_FORM}$"
+TEAM_FORM = rf"^team-{UUID_FORM}$"
+USER_FORM = rf"^usr-{UUID_FORM}$"
 
 _SANDBOX = re.compile(SANDBOX_FORM.strip("^$"))
 _HOST = re.compile(HOST_FORM.strip("^$"))
 _KEY = re.compile(KEY_FORM.strip("^$"))
 _LOG = re.compile(LOG_FORM.strip("^$"))
+_TEAM = re.compile(TEAM_FORM.strip("^$"))
+_USER = re.compile(USER_FORM.strip("^$"))
 
 
 def parse_sandbox_id(text: str) -> UUID:
@@ -45,6 +49,20 @@ def parse_log_id(text: str) -> UUID:
     if not _LOG.fullmatch(text):
         raise InvalidRequest("The id of an audit row is `log-` and a lower-case UUID.", field="before_id")
     return UUID(text.removeprefix("log-"))
+
+
+def parse_team_id(text: str) -> UUID:
+    """`team-{uuid}`; anything else is InvalidRequest."""
+    if not _TEAM.fullmatch(text):
+        raise InvalidRequest("A team id is `team-` and a lower-case UUID.", field="team_id")
+    return UUID(text.removeprefix("team-"))
+
+
+def parse_user_id(text: str) -> UUID:
+    """`usr-{uuid}`; anything else is InvalidRequest."""
+    if not _USER.fullmatch(text):
+        raise InvalidRequest("A person's id is `usr-` and a lower-case UUID.", field="user_id")
+    return UUID(text.removeprefix("usr-"))
 
 
 def sandbox_id(value: UUID) -> str:

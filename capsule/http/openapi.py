@@ -32,6 +32,8 @@ PATH_PARAMETERS: dict[str, dict[str, str]] = {
     "sandbox_id": {"pattern": ids.SANDBOX_FORM, "description": "`sb-` and a UUID, or its 32 hex digits alone."},
     "host_id": {"pattern": ids.HOST_FORM, "description": "`host-` and a UUID."},
     "key_id": {"pattern": ids.KEY_FORM, "description": "`key-` and a UUID."},
+    "team_id": {"pattern": ids.TEAM_FORM, "description": "`team-` and a UUID."},
+    "user_id": {"pattern": ids.USER_FORM, "description": "`usr-` and a UUID."},
     "name": {"pattern": fields.TEMPLATE_NAME, "description": "Name of a template."},
     "process": {"pattern": fields.PROCESS, "description": "A pid, or the tag given to exec."},
 }
