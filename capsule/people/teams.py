@@ -17,6 +17,7 @@ from capsule.db.translated import TranslatedDatabase
 from capsule.model import Page, Position
 from capsule.people import deletion, members
 from capsule.people.acting import Acting, act_on, look_at
+from capsule.people.registration import email_address
 from capsule.people.views import FoundUser, MemberView, TeamView
 from capsule.principals import GivenRole, Role, User
 from capsule.sandboxes.admission import fingerprint, same_request
@@ -100,8 +101,8 @@ class Teams:
         return Page(tuple(members.view(row) for row in shown), last)
 
     async def add_member(self, user: User, team: UUID, *, email: str, idempotency_key: str | None) -> MemberView:
-        """NotFound for an unknown address, Conflict for a member, QuotaExceeded."""
-        invitation = members.Invitation(team=team, email=email)
+        """NotFound for an unknown address, Conflict for a member, QuotaExceeded, InvalidRequest for no address."""
+        invitation = members.Invitation(team=team, email=email_address(email))
         return await self._db.transaction(members.add, user, invitation, idempotency_key)
 
     async def change_role(self, user: User, team: UUID, member: UUID, role: GivenRole) -> None:
