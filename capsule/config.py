@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -55,6 +56,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds between the heartbeats of an agent."""
     heartbeat_timeout: Seconds = 90.0
     """Seconds of silence after which a host counts as unreachable: three heartbeats."""
+    trusted_proxies: str = ""
+    """Networks (CIDR, separated by commas) of reverse proxies whose X-Forwarded-For names the client."""
+    rate_limits: str = ""
+    """Rules that differ from the usual ones, as rule=attempts/seconds, separated by commas; capsule.auth.rate_limits has
+    their names."""
+    argon2_memory_kib: Annotated[int, msgspec.Meta(ge=8, le=4_194_304)] = 65_536
+    """KiB that hashing one password takes. These three change what later logins store, and cost."""
+    argon2_time_cost: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
+    """Passes over that memory."""
+    argon2_parallelism: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    """Lanes of that memory; argon2 uses a thread for each."""
+    password_threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+    """Passwords that are hashed at the same time; 64 more wait, others are told to try again."""
     shutdown_timeout: Seconds = 30.0
     """Seconds a shutdown may take before the process ends anyhow."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1)] = 2048
@@ -83,6 +97,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return split_address(self.bind)
 
     @property
+    def trusted_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """`trusted_proxies` in parts; ValueError says what is wrong."""
+        return tuple(ip_network(part.strip()) for part in self.trusted_proxies.split(",") if part.strip())
+
+    @property
     def url(self) -> str:
         """Base URL of the API for users and agents, without a slash at the end."""
         return self.public_url.rstrip("/") or f"http://{self.bind}"
@@ -106,6 +125,12 @@ def load(values: Mapping[str, str]) -> Settings:
         split_address(settings.bind)
     except ValueError as err:
         raise SettingsError(f"{PREFIX}BIND: {err}") from err
+    try:
+        _ = settings.trusted_networks
+    except ValueError as err:
+        raise SettingsError(f"{PREFIX}TRUSTED_PROXIES: {err}; give networks like 10.0.0.0/8, with commas") from err
+    if settings.argon2_memory_kib < 8 * settings.argon2_parallelism:
+        raise SettingsError(f"{PREFIX}ARGON2_MEMORY_KIB must be at least 8 for each of {PREFIX}ARGON2_PARALLELISM")
     if settings.public_url and urlsplit(settings.public_url).scheme not in {"http", "https"}:
         raise SettingsError(f"{PREFIX}PUBLIC_URL must start with http:// or https://")
     _check_github(settings)

@@ -153,7 +153,13 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
         people=_people(settings, db),
         ready=partial(_ready, db),
     )
-    app = create_app(services, registry=registry, version=version("capsule"), spool_dir=Path(settings.spool))
+    app = create_app(
+        services,
+        registry=registry,
+        version=version("capsule"),
+        spool_dir=Path(settings.spool),
+        trusted_proxies=settings.trusted_networks,
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(links.run)
         await nursery.start(scheduler.run)

@@ -24,6 +24,7 @@ from capsule.http import (
     snapshots,
     teams,
 )
+from capsule.http.client_address import ClientAddresses
 from capsule.http.connection import ApiConnection
 from capsule.http.dispatch import responder
 from capsule.http.errors import from_router
@@ -35,11 +36,13 @@ from capsule.http.unread import UnreadAnswers
 from capsule.http.websockets import RefusedWebsocket
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from prometheus_client import CollectorRegistry
     from quart_trio.wrappers import TrioResponse
 
+    from capsule.http.client_address import Network
     from capsule.http.operations import Operation
     from capsule.http.people_ports import PeopleServices
     from capsule.http.ports import Authenticator, Services
@@ -52,9 +55,10 @@ class Application(QuartTrio):
     asgi_websocket_class = RefusedWebsocket  # type: ignore[assignment]
     request_class = ApiRequest
 
-    def __init__(self, metrics: HttpMetrics) -> None:
+    def __init__(self, metrics: HttpMetrics, addresses: ClientAddresses) -> None:
         super().__init__(__name__, static_folder=None)
         self.metrics = metrics
+        self.addresses = addresses
         self.routes: dict[str, str] = {}
         # No redirects: an unknown spelling of a path is an unknown path, with our kind of answer.
         self.url_map.merge_slashes = False
@@ -82,10 +86,17 @@ class Application(QuartTrio):
         return from_router(cast("HTTPException", found), _request().request_id)
 
 
-def create_app(services: Services, *, registry: CollectorRegistry, version: str, spool_dir: Path) -> Application:
+def create_app(
+    services: Services,
+    *,
+    registry: CollectorRegistry,
+    version: str,
+    spool_dir: Path,
+    trusted_proxies: Sequence[Network] = (),
+) -> Application:
     """Build the application. `registry` takes its metrics and is served whole under /metrics; uploads wait for their
     last byte in unnamed files in `spool_dir` (on a disk, not a tmpfs)."""
-    app = Application(HttpMetrics(registry))
+    app = Application(HttpMetrics(registry), ClientAddresses(trusted_proxies))
     pages = SystemPages(services.ready, registry, version)
     table = [*resources(services, Spool(spool_dir)), *pages.operations()]
     pages.publish(openapi.document(table, version))

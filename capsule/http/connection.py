@@ -77,6 +77,7 @@ class ApiConnection(TrioASGIHTTPConnection):
         self.scope = {**self.scope, "path": target or "/"}
         request: ApiRequest = self._create_request_from_scope(send)  # type: ignore[assignment]
         request.request_id = self.request_id
+        request.client_address = self.app.addresses.of(self.scope)
         if not request.content_length and "Transfer-Encoding" not in request.headers:
             request.body.end()
         with self.app.metrics.in_flight.track_inprogress():

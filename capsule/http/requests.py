@@ -87,11 +87,13 @@ class RequestBody:
 
 
 class ApiRequest(TrioRequest):
-    """Quart's request, with our body. `cleanup` is closed when the answer has been sent or given up."""
+    """Quart's request, with our body. `cleanup` is closed when the answer has been sent or given up. `client_address`:
+    see capsule.http.client_address."""
 
     body_class = RequestBody  # type: ignore[assignment]
     body: RequestBody  # type: ignore[assignment]
     request_id: str
+    client_address: str
     cleanup: AsyncExitStack
 
     async def json_bytes(self) -> bytes:
