@@ -4,7 +4,7 @@ capsule.errors; anything else is a bug and answered 500.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -78,13 +78,12 @@ class OAuthService(Protocol):
         code: str | None,
         state: str | None,
         error: str | None,
-        cookies: dict[str, str],
-        address: str,
+        cookies: Mapping[str, str],
     ) -> Redirect:
         """Back to the dashboard, always: with a one-time code, or with an error. Never raises a CapsuleError."""
         ...
 
-    async def exchange(self, *, code: str, cookies: dict[str, str], address: str) -> Authenticated:
+    async def exchange(self, *, code: str, cookies: Mapping[str, str], address: str) -> Authenticated:
         """Spend the one-time code, in the browser that got it. Unauthorized, RateLimited."""
         ...
 

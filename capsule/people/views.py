@@ -27,11 +27,23 @@ class Authenticated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cookie:
+    """Of the paths that sign in, never for scripts. `seconds` 0 removes it; `strict`: not even a link from elsewhere
+    brings it along."""
+
+    name: str
+    value: str
+    seconds: int
+    secure: bool
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Redirect:
-    """Where a browser is sent, and the cookies that go along: name → (value, seconds it lasts; 0 removes it)."""
+    """Where a browser is sent, and the cookies that go along."""
 
     location: str
-    cookies: dict[str, tuple[str, int]]
+    cookies: tuple[Cookie, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Identity providers: who somebody is, in the words of a service where they have an account. One class each."""
