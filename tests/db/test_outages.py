@@ -151,13 +151,13 @@ async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
             await eventually(lambda: len(inside) == 3)
             _signal_all(server, signal.SIGSTOP)
         for _ in range(5):  # more than there are connections: none is lost
-            with trio.fail_after(3.5), pytest.raises(DatabaseUnavailable, match="within"):
+            with trio.fail_after(12), pytest.raises(DatabaseUnavailable, match="within"):
                 await db.transaction(_one, timeout=0.2)
         began = trio.current_time()
         with trio.move_on_after(0.2):
             await db.run(_one, timeout=30)
-        assert trio.current_time() - began < 3.5
-        with trio.fail_after(5):
+        assert trio.current_time() - began < 12
+        with trio.fail_after(20):
             await lease.lost.wait()
     finally:
         _signal_all(server, signal.SIGCONT)

@@ -11,10 +11,10 @@ from capsule.db.queries import hosts
 
 @pytest.fixture
 def until():
-    """Looks at a level, for at most 20 s: processes give no event."""
+    """Looks at a level, for at most 60 s: processes give no event."""
 
     async def wait(condition):
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not condition():
                 await trio.sleep(0.005)
 

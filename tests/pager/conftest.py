@@ -25,7 +25,7 @@ from agent.pager.supervisor import PagerSupervisor, stop_pager
 from agent.snapshots.blocks import BuildWriter
 from agent.snapshots.header import NIL, PAGE, Header, Run
 
-SECONDS_PER_TEST = 60
+SECONDS_PER_TEST = 120
 CHUNK = 65536
 
 
@@ -195,7 +195,7 @@ class World:
         vm = self.vm(snapshot, vm_id, **changes)
         await self.client.listen(vm)
         vmm = await self.spawn(vm, len(snapshot.memory) >> 20, regions, options, *([snapshot.model] if model else []))
-        await self.client.wait_connected(vm_id, timeout=10)
+        await self.client.wait_connected(vm_id, timeout=30)
         return vmm
 
     async def spawn(self, vm, *arguments, **options):
@@ -238,7 +238,7 @@ class World:
 async def open_world(root, program, *arguments, supervised=True):
     """`supervised` False: `kill_pager` is final until the test starts a supervisor itself."""
     directory = root / "pager"
-    supervisor = PagerSupervisor(directory, arguments=["--connect-timeout", "3", *arguments])
+    supervisor = PagerSupervisor(directory, arguments=["--connect-timeout", "6", *arguments])
     try:
         async with trio.open_nursery() as nursery:
             keeping = trio.CancelScope()
@@ -248,7 +248,7 @@ async def open_world(root, program, *arguments, supervised=True):
                     await supervisor.run(task_status=task_status)
 
             await nursery.start(keep)
-            client = PagerClient(directory, call_timeout=15)
+            client = PagerClient(directory, call_timeout=40)
             await nursery.start(client.run)
             world = World(root, directory, client, program, nursery)
             if not supervised:

@@ -76,7 +76,7 @@ async def test_what_was_given_back_stays_zeros(world, snapshot):
     page = next(page for page in range(2, 2000) if all(snapshot.memory[(page + i) * PAGE] for i in range(-1, 5)))
     await vmm.ask(f"remove {page * PAGE} {4 * PAGE}")
     mapping = Mapping(vmm.address, len(snapshot.memory))
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while written(vmm.pid, [mapping])[1] != [(page * PAGE, 4 * PAGE)]:  # the kernel lets us say so when it is done
             await trio.sleep(0.001)
     await world.kill_pager()
@@ -106,11 +106,11 @@ async def test_a_vm_that_ended_meanwhile_is_forgotten(world, snapshot):
         await vmm.process.wait()
     assert await other.ask("verify 1 1") == "same"
     await world.client.record_working_set("two")
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         while [entry.stem for entry in (world.directory / "vms").iterdir()] != ["two"]:
             await trio.sleep(0.01)
     with pytest.raises(PagingFailed, match="ended"):
-        await world.client.wait_connected("one", timeout=5)
+        await world.client.wait_connected("one", timeout=30)
 
 
 async def test_a_vmm_that_has_not_come_yet_finds_the_successor(world, snapshot, descriptors):
@@ -121,7 +121,7 @@ async def test_a_vmm_that_has_not_come_yet_finds_the_successor(world, snapshot, 
         waiting = trio.Event()
 
         async def wait():
-            await world.client.wait_connected("one", timeout=20)
+            await world.client.wait_connected("one", timeout=30)
             waiting.set()
 
         nursery.start_soon(wait)
@@ -129,7 +129,7 @@ async def test_a_vmm_that_has_not_come_yet_finds_the_successor(world, snapshot, 
         await world.client.statistics()
         assert not waiting.is_set()
         vmm = await world.spawn(vm, 8, 1, "-", snapshot.model)
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             await waiting.wait()
     assert await vmm.ask("verify 2 3") == "same"
 
@@ -146,7 +146,7 @@ async def test_a_snapshot_that_is_damaged_by_then_ends_the_vm_that_needs_it(worl
     await world.client.statistics()
     assert await other.ask("verify 1 1") == "same"
     await vmm.send("verify 1 1")
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         await vmm.process.wait()
     assert str(header) in await world.client.failure("one")
 
@@ -156,7 +156,7 @@ async def test_a_vmm_that_closed_its_descriptor_is_ended(world, snapshot):
     vmm = await world.start(snapshot)
     await vmm.ask("close")
     await world.kill_pager()
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         await vmm.process.wait()
     assert "userfaultfd" in await world.client.failure("one")
 

@@ -45,7 +45,7 @@ class RealBench:
             path.chmod(0o600)
             path.write_bytes(bytes(path.stat().st_size))
         await self.vmms[vm_id].send("verify 1 0")
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while await self.pager.failure(vm_id) is None:
                 await trio.sleep(0.01)
 
@@ -63,7 +63,7 @@ async def test_from_listening_to_release(bench, snapshot):
     with pytest.raises(ConnectTimeout):
         await pager.wait_connected("one", timeout=0.01)
     await bench.connect(vm)
-    await pager.wait_connected("one", timeout=10)
+    await pager.wait_connected("one", timeout=30)
     await bench.touch("one")
     figures = (await pager.statistics())["one"]
     assert figures.connected
@@ -91,13 +91,13 @@ async def test_a_failure_is_kept_until_the_release(bench, snapshot):
     pager, vm = bench.pager, bench.vm(snapshot)
     await pager.listen(vm)
     await bench.connect(vm)
-    await pager.wait_connected("one", timeout=10)
+    await pager.wait_connected("one", timeout=30)
     await bench.damage("one")
     reason = await pager.failure("one")
     assert "is damaged" in reason
     assert await pager.damage("one") == reason
     with pytest.raises(PagingDamaged, match="is damaged"):
-        await pager.wait_connected("one", timeout=10)
+        await pager.wait_connected("one", timeout=30)
     assert not (await pager.statistics())["one"].connected
     await pager.release("one")
     assert await pager.failure("one") is None
@@ -111,10 +111,10 @@ async def test_a_second_listen_starts_anew(bench, snapshot):
 
         async def wait():
             with pytest.raises(NotPaged):
-                await pager.wait_connected("one", timeout=10)
+                await pager.wait_connected("one", timeout=30)
 
         nursery.start_soon(wait)
         await trio.sleep(0.05)
         await pager.listen(vm)
     await bench.connect(vm)
-    await pager.wait_connected("one", timeout=10)
+    await pager.wait_connected("one", timeout=30)

@@ -40,7 +40,7 @@ class Memory:
             if not wait:
                 raise WouldBlock
             self.asked.set()
-            self.disk.wait(20)
+            self.disk.wait(40)
             if self.error:
                 raise self.error
         buffer[:] = self.content[offset : offset + len(buffer)]
@@ -64,7 +64,7 @@ async def here(world, snapshot):
                 about = world.vm(snapshot, vm_id)
                 listener = listen_unix(about.socket, uid=0)
                 opened = OpenSnapshot(memory, len(snapshot.memory))
-                paging = VmPaging(about, means, connect_timeout=5, snapshot=opened)
+                paging = VmPaging(about, means, connect_timeout=20, snapshot=opened)
                 nursery.start_soon(paging.run, listener)
                 vmm = await world.spawn(about, 8, 1, "-", snapshot.model)
                 await paging.settled.wait()
@@ -78,7 +78,7 @@ async def here(world, snapshot):
 
 
 async def until(event):
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         while not event.is_set():
             await trio.sleep(0.005)
 
@@ -105,11 +105,11 @@ async def test_a_stop_during_a_disk_read_does_not_hang(here, snapshot, monkeypat
     paging, vmm = await here("slow", memory)
     await vmm.send(f"peek {COLD}")
     await until(memory.asked)
-    with trio.fail_after(3):
+    with trio.fail_after(20):
         await paging.stop()
     assert not memory.closed
     memory.disk.set()
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while not memory.closed:
             await trio.sleep(0.01)
     assert len(descriptors()) <= before + 3  # the VMM's pipes, and its pidfd
@@ -125,7 +125,7 @@ async def test_a_bug_ends_its_vm_and_no_other(here, snapshot):
     await vmm.send(f"peek {COLD}")
     await until(memory.asked)
     memory.disk.set()
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         await vmm.process.wait()
     assert "log has the details" in paging.failure
     assert await other.ask("verify 2 2") == "same"
@@ -150,7 +150,7 @@ async def test_no_memory_for_a_page_is_waited_for_and_then_a_reason(here, snapsh
     assert refusals == [0]
     refusals[0] = 1000
     await vmm.send(f"peek {COLD}")
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         await vmm.process.wait()
     assert "no memory" in paging.failure
 
@@ -167,6 +167,6 @@ async def test_a_failure_that_cannot_be_written_down_kills_nevertheless(here, sn
     await vmm.send(f"peek {COLD}")
     await until(memory.asked)
     memory.disk.set()
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         await vmm.process.wait()
     assert paging.failure

@@ -67,7 +67,9 @@ async def test_another_user_is_refused(world):
         ["/usr/bin/python3", "-c", script, str(world.directory / "pager.sock")], capture_stdout=True, check=False
     )
     assert done.stdout.strip() in {b"b''", b""}
-    assert "peer_refused" in world.log()
+    with trio.fail_after(20):
+        while "peer_refused" not in world.log():
+            await trio.sleep(0.01)
 
 
 async def test_rubbish_on_the_control_socket_costs_its_own_connection(world):
@@ -87,7 +89,7 @@ async def test_a_killed_pager_is_started_again_and_calls_go_through(world):
 async def test_a_hanging_pager_is_replaced(root, vmm_program, monkeypatch):
     """It does not answer any more: killed, and its successor answers."""
     monkeypatch.setattr(supervision, "CHECK_INTERVAL", 0.2)
-    monkeypatch.setattr(supervision, "CHECK_TIMEOUT", 0.5)
+    monkeypatch.setattr(supervision, "CHECK_TIMEOUT", 2)
     directory = root / "pager"
     try:
         async with trio.open_nursery() as nursery:
@@ -96,7 +98,7 @@ async def test_a_hanging_pager_is_replaced(root, vmm_program, monkeypatch):
             await nursery.start(client.run)
             before = read_process_file(directory).pid
             os.kill(before, signal.SIGSTOP)
-            with trio.fail_after(20):
+            with trio.fail_after(50):
                 assert await client.statistics() == {}
             assert read_process_file(directory).pid != before
             nursery.cancel_scope.cancel()
@@ -145,7 +147,7 @@ async def test_a_pager_outlives_the_agent_that_started_it(root, vmm_program):
     )
     try:
         assert b"pager_started" in await agent.stdout.receive_some(1000)
-        with trio.fail_after(20):
+        with trio.fail_after(50):
             while not await answers(directory):
                 await trio.sleep(0.05)
         agent.kill()

@@ -37,7 +37,7 @@ ORDERS = st.tuples(
     st.booleans(),
 )
 NUMBERS = random.Random(0)
-SECONDS_PER_RULE = 20
+SECONDS_PER_RULE = 60
 EXPECTED = {"invalid_state", "invalid_argument", "not_found", "unavailable", "no_capacity", "busy", "draining"}
 
 

@@ -26,7 +26,7 @@ async def test_the_figures_are_those_of_the_moment(virtual_clock, world, agent, 
     assert value("capsule_database_pool", figure="calls") > 0
     gate.set()
     await world.settle()
-    with trio.fail_after(10):  # the monitor may have written the outcome first
+    with trio.fail_after(30):  # the monitor may have written the outcome first
         while value("capsule_operations"):
             await trio.sleep(0.1)
     assert b"# HELP capsule_operations" in generate_latest(registry)

@@ -67,7 +67,7 @@ def hidden(request, cgroups):
             descriptors=(),
         )
     cgroups.add("one", watched.identity.pid, **LIMITS)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while request.param == "zombie" and read_stat(watched.identity.pid).state != "Z":
         assert time.monotonic() < deadline
         time.sleep(0.01)
