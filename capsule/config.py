@@ -59,8 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     trusted_proxies: str = ""
     """Networks (CIDR, separated by commas) of reverse proxies whose X-Forwarded-For names the client."""
     rate_limits: str = ""
-    """Rules that differ from the usual ones, as rule=attempts/seconds, separated by commas; capsule.auth.rate_limits has
-    their names."""
+    """Rules that differ from the usual ones, as rule=attempts/seconds, separated by commas; their names are in
+    capsule.auth.rate_limits."""
     argon2_memory_kib: Annotated[int, msgspec.Meta(ge=8, le=4_194_304)] = 65_536
     """KiB that hashing one password takes. These three change what later logins store, and cost."""
     argon2_time_cost: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3

@@ -28,7 +28,8 @@ from agent.actor.settings import SettingsError
 from agent.actor.watchdog import LoopWatchdog
 from capsule.auth.authenticator import Authenticator
 from capsule.auth.keys import ApiKeyAuthenticator
-from capsule.auth.rate_limits import RateLimits
+from capsule.auth.passwords import Passwords
+from capsule.auth.rate_limits import RateLimits, rules_of
 from capsule.auth.sessions import SessionAuthenticator, SessionTokens
 from capsule.db.errors import DatabaseError, DatabaseUnavailable
 from capsule.db.migrate import migrate
@@ -200,14 +201,14 @@ def _templates(sandboxes: Sandboxes) -> Templates:
 
 
 def _people(settings: Settings, db: Database) -> PeopleServices:
-    limits = RateLimits(db)
+    limits = RateLimits(db, rules_of(settings.rate_limits))
     return PeopleServices(
-        accounts=Accounts(db, settings),
-        oauth=OAuth(db, settings),
+        accounts=Accounts(db, settings, limits, Passwords(settings)),
+        oauth=OAuth(db, settings, limits),
         teams=Teams(db, settings, limits),
         api_keys=ApiKeys(db, settings),
         audit=AuditTrail(db, settings),
-        platform=Platform(db, settings),
+        platform=Platform(db),
     )
 
 

@@ -33,9 +33,10 @@ class Principal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """A token in use. `id` is its jti."""
+    """A token in use. `id` is its jti, `issued_at` by the database's clock."""
 
     id: UUID
+    issued_at: datetime
     expires_at: datetime
 
 

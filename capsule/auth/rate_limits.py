@@ -43,8 +43,8 @@ RULES: Mapping[str, Rule] = {
     "oauth_address": Rule(100, 300),
     "user_search": Rule(60, 60),
 }
-"""What is limited: sign-ups, logins and sign-ins through providers per address; logins per account; changes of password
-and searches per person."""
+"""What is limited: sign-ups, passwords given and sign-ins through providers per address; logins per account; changes of
+password and searches per person."""
 
 
 class RateLimits:

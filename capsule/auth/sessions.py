@@ -89,7 +89,7 @@ class SessionTokens:
             )
         except jwt.ExpiredSignatureError as err:
             raise Unauthorized("the session has expired; log in again") from err
-        except (jwt.InvalidTokenError, ValueError, TypeError, OverflowError) as err:
+        except (jwt.InvalidTokenError, ValueError, TypeError, AttributeError, OverflowError, OSError) as err:
             raise Unauthorized("the session's token is not valid; log in") from err
 
 
@@ -110,7 +110,7 @@ class SessionAuthenticator:
             id=row.id,
             email=row.email,
             name=row.name,
-            session=Session(id=claims.session_id, expires_at=claims.expires_at),
+            session=Session(id=claims.session_id, issued_at=claims.issued_at, expires_at=claims.expires_at),
             team_id=row.team_id,
             role=cast("Role | None", row.role),
             permissions=frozenset(cast("list[Permission]", row.permissions)),

@@ -13,8 +13,10 @@ from email_validator import SPECIAL_USE_DOMAIN_NAMES, EmailNotValidError, valida
 from capsule import errors
 from capsule.auth.sessions import SessionHolder
 from capsule.db.queries import audit, sessions, teams, users
+from capsule.people.views import Authenticated
 
 if TYPE_CHECKING:
+    from capsule.auth.sessions import SessionTokens
     from capsule.db.connection import Connection
     from capsule.db.queries.users import UserRow
     from capsule.principals import Role
@@ -35,6 +37,17 @@ class Landing:
 
     holder: SessionHolder
     issued_at: datetime
+
+    def session(self, tokens: SessionTokens) -> Authenticated:
+        """With a token of its own."""
+        holder = self.holder
+        return Authenticated(
+            token=tokens.issue(holder, self.issued_at),
+            user_id=holder.user_id,
+            team_id=holder.team_id,
+            email=holder.email,
+            name=holder.name,
+        )
 
 
 async def register(
@@ -64,15 +77,15 @@ async def land(tx: Connection, user: UserRow) -> Landing:
     either before the session or after it, and ends it.
     """
     row = await sessions.landing(tx, user.id)
+    return landing_in(user, row.team_id, cast("Role | None", row.role), row.now)
+
+
+def landing_in(user: UserRow, team_id: UUID | None, role: Role | None, issued_at: datetime) -> Landing:
+    """Their session in a team that is known."""
     holder = SessionHolder(
-        user_id=user.id,
-        email=user.email,
-        name=user.name,
-        is_admin=user.is_admin,
-        team_id=row.team_id,
-        role=cast("Role | None", row.role),
+        user_id=user.id, email=user.email, name=user.name, is_admin=user.is_admin, team_id=team_id, role=role
     )
-    return Landing(holder=holder, issued_at=row.now)
+    return Landing(holder=holder, issued_at=issued_at)
 
 
 def default_team_name(name: str) -> str:

@@ -96,9 +96,13 @@ async def holder(
 
 
 async def revoke(tx: Connection, *, jti: UUID, user_id: UUID, expires_at: datetime) -> None:
-    """End a session; again is nothing."""
+    """End a session; again is nothing, and so is one of an account that is gone."""
     await tx.execute(
-        "insert into revoked_sessions (jti, user_id, expires_at) values ($1, $2, $3) on conflict do nothing",
+        """
+        insert into revoked_sessions (jti, user_id, expires_at)
+        select $1, id, $3 from users where id = $2 for key share
+        on conflict do nothing
+        """,
         jti,
         user_id,
         expires_at,
