@@ -159,7 +159,8 @@ create table api_keys (
   revoked_at    timestamptz,
   constraint api_keys_sha256_key unique (sha256)
 );
-create index api_keys_team_id on api_keys (team_id, created_at desc);
+-- Only keys that live are listed and counted, however many a team has revoked.
+create index api_keys_live on api_keys (team_id, created_at desc, id desc) where revoked_at is null;
 
 create table idempotency_keys (
   owner_id        uuid not null,                  -- whose key it is: a team's, a user's, an address's before it is one
@@ -420,10 +421,9 @@ create table audit_logs (
   constraint audit_logs_actor check ((actor_type = 'system') = (actor_id is null) or action = 'login_failed')
 );
 create index audit_logs_page on audit_logs (team_id, created_at desc, id desc);
--- One index for each way to ask for a page; scope is what a member's view is bounded by.
-create index audit_logs_action on audit_logs (team_id, action, created_at desc, id desc);
-create index audit_logs_resource_type on audit_logs (team_id, resource_type, created_at desc, id desc);
-create index audit_logs_scope on audit_logs (team_id, scope, created_at desc, id desc);
+-- Every filter of the trail is a choice among the few (scope, resource_type, action) that a team has. Each of them is a
+-- range of this index that ends like the page's order; the list of them is read from it, too.
+create index audit_logs_kind on audit_logs (team_id, scope, resource_type, action, created_at desc, id desc);
 
 create function audit_logs_refuse() returns trigger language plpgsql as $$
 begin

@@ -46,7 +46,11 @@ do $$ begin
   end if;
 end $$;
 
--- One index for each way to ask for a page; each ends like the page's order, and scope is what a member filters by.
-create index if not exists audit_logs_action on audit_logs (team_id, action, created_at desc, id desc);
-create index if not exists audit_logs_resource_type on audit_logs (team_id, resource_type, created_at desc, id desc);
-create index if not exists audit_logs_scope on audit_logs (team_id, scope, created_at desc, id desc);
+-- Every filter of the trail is a choice among the few (scope, resource_type, action) that a team has. Each of them is a
+-- range of this index that ends like the page's order; the list of them is read from it, too.
+create index if not exists audit_logs_kind
+  on audit_logs (team_id, scope, resource_type, action, created_at desc, id desc);
+
+-- Only keys that live are listed and counted, however many a team has revoked.
+create index if not exists api_keys_live on api_keys (team_id, created_at desc, id desc) where revoked_at is null;
+drop index if exists api_keys_team_id;
