@@ -50,7 +50,8 @@ async def _respond(
 ) -> TrioResponse:
     # Who asks comes first: a stranger learns nothing from our parser, and none of his bytes is read.
     asker = await _asker(operation, authenticator, request)
-    query = parse_query(request.query_string, operation.query) if operation.query is not None else None
+    strict = operation.query if not operation.lenient_query else None
+    query = None if strict is None else parse_query(request.query_string, strict)
     body = await _body(operation, request)
     return await operation.handler(
         Call(request=request, path=path, body=body, query=query, asker=asker),

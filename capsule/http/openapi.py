@@ -35,6 +35,7 @@ PATH_PARAMETERS: dict[str, dict[str, str]] = {
     "team_id": {"pattern": ids.TEAM_FORM, "description": "`team-` and a UUID."},
     "user_id": {"pattern": ids.USER_FORM, "description": "`usr-` and a UUID."},
     "name": {"pattern": fields.TEMPLATE_NAME, "description": "Name of a template."},
+    "provider": {"pattern": r"^[a-z0-9]{1,32}$", "description": "An identity provider: `github`."},
     "process": {"pattern": fields.PROCESS, "description": "A pid, or the tag given to exec."},
 }
 IDEMPOTENCY_KEY = {

@@ -75,7 +75,8 @@ class Operation(Generic[B, Q]):
     `path` is a template such as `/v1/sandboxes/{sandbox_id}`. `alias_of`: the operation that this is under another
     path; who may do it is that one's row in `capsule.auth.access`. `body`: struct of the JSON body, None for none;
     `body_optional`: an empty body is an empty object. `form`: multipart parts (name → JSON schema) that the handler
-    reads itself. `errors`: what the use-case can raise; those every operation has are added by the document.
+    reads itself; `lenient_query`: so it does with the query string, and refuses nothing in it. `errors`: what the
+    use-case can raise; those every operation has are added by the document.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Operation(Generic[B, Q]):
     body_optional: bool = False
     form: Mapping[str, Any] = field(default_factory=dict)
     query: type[msgspec.Struct] | None = None
+    lenient_query: bool = False
     idempotent: bool = False
     successes: tuple[Success, ...]
     errors: tuple[type[CapsuleError], ...] = ()
