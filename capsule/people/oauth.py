@@ -191,15 +191,7 @@ class OAuth:
         login = LoginCode(code, cookies.get(LOGIN_COOKIE, ""))
         if not all(CODE_FORM.fullmatch(part) for part in (login.code, login.binding)):
             raise errors.Unauthorized(SPENT)
-        landing = await self._db.transaction(_land, login.digest())
-        holder = landing.holder
-        return Authenticated(
-            token=self._tokens.issue(holder, landing.issued_at),
-            user_id=holder.user_id,
-            team_id=holder.team_id,
-            email=holder.email,
-            name=holder.name,
-        )
+        return (await self._db.transaction(_land, login.digest())).session(self._tokens)
 
     def _back(self, parameters: Mapping[str, str], *cookies: Cookie) -> Redirect:
         """To the dashboard; the state's cookie has done its work."""
