@@ -112,7 +112,8 @@ async def test_the_cursor_leads_through_all_rows_of_one_moment(people, team):
         f"before=2026-01-01T00:00:00.1234567Z&before_id=log-{uuid4()}",
         f"before=2026-01-01T00:00:00Z&before_id={uuid4()}",
         "limit=0", "limit=201", "limit=x", "action=", "action=a,,b", "action=Create", "action=a%20b",
-        "resource_type=%00", "resource_type=" + "a" * 65, "resource_type=" + ",".join(["a"] * 33), "cursor=x", "scope=admin",
+        "resource_type=%00", "resource_type=" + "a" * 65, "resource_type=" + ",".join(["a"] * 33),
+        "cursor=x", "scope=admin",
     ],
 )  # fmt: skip
 async def test_bad_queries_are_refused(team, query):
