@@ -1,0 +1,30 @@
+"""The route table, and the callers of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from capsule.http.app import resources
+from capsule.http.people_ports import PeopleServices
+from capsule.http.ports import Services
+from capsule.http.spool import Spool
+from capsule.http.system import SystemPages
+from tests.people.callers import Matrix
+
+
+@pytest.fixture
+def route_table():
+    """Every operation that is served."""
+    nobody = PeopleServices(**dict.fromkeys(PeopleServices.__slots__))
+    services = Services(**{**dict.fromkeys(Services.__slots__), "people": nobody})
+    pages = SystemPages(services.ready, CollectorRegistry(), "")
+    return [*resources(services, Spool(Path("nowhere"))), *pages.operations()]
+
+
+@pytest.fixture
+def matrix():
+    """Callers and operations."""
+    return Matrix()
