@@ -1,1 +1,8 @@
-pytest_plugins = ["tests.fixtures.postgres", "tests.fixtures.clock", "tests.fixtures.fleet", "tests.fixtures.people"]
+pytest_plugins = [
+    "tests.fixtures.postgres",
+    "tests.fixtures.clock",
+    "tests.fixtures.fleet",
+    "tests.fixtures.people",
+    "tests.fixtures.team_lock",
+    "tests.fixtures.github",
+]
