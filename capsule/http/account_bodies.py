@@ -16,9 +16,15 @@ NAME = rf"^(?=[\s\S]*\S)[^\u0000-\u001f\u007f]*{END}"
 
 Email = Annotated[str, Meta(min_length=3, max_length=320, pattern=NO_NUL, description="An e-mail address.")]
 Password = Annotated[
-    str, Meta(min_length=8, max_length=1024, description="8 characters at least, 1024 bytes in UTF-8 at most.")
+    str,
+    Meta(
+        min_length=8,
+        max_length=1024,
+        pattern=NO_NUL,
+        description="8 characters at least, 1024 bytes in UTF-8 at most.",
+    ),
 ]
-GivenPassword = Annotated[str, Meta(max_length=1024)]
+GivenPassword = Annotated[str, Meta(max_length=1024, pattern=NO_NUL)]
 """One to be checked: whether it would do as a new one is nobody's business."""
 Name = Annotated[
     str, Meta(min_length=1, max_length=128, pattern=NAME, description="How people call you; no control characters.")

@@ -16,7 +16,7 @@ import trio
 from agent.actor.supervise import RestartPolicy, supervise
 from agent.wire.lifecycle import Status
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
-from capsule.db.queries import audit, hosts, idempotency, sandboxes
+from capsule.db.queries import audit, hosts, idempotency, rate_limits, sandboxes, sessions
 from capsule.monitor.host import HostFollower
 
 if TYPE_CHECKING:
@@ -114,7 +114,8 @@ class Monitor:
                 await self._write(_sweep, host)
         for row in await self._db.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
             await self._write(_end_overdue, row)
-        await self._write(idempotency.prune)
+        for prune in (idempotency.prune, sessions.prune, rate_limits.prune):
+            await self._write(prune)
 
     async def _write(self, fn: Callable[[Connection, *Ts], Awaitable[None]], *args: *Ts) -> None:
         try:

@@ -110,6 +110,8 @@ def test_schemathesis_finds_nothing(base_url, mode):
         operation = found.ok()
         if "/v1/capsules" in operation.path:
             continue  # the same handlers
+        if "/v1/auth/" in operation.path:
+            continue  # nobody signs in here; where people do, over a real database, they are asked
         if mode is GenerationMode.NEGATIVE and not (operation.body or list(operation.iter_parameters())):
             continue  # nothing that could be wrong
 
