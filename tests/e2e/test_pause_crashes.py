@@ -94,10 +94,18 @@ class Crashes:
         return sandbox
 
     def note(self, sandbox, poll):
-        """Write something new into memory and on the disk, where it must be found again."""
+        """Write something new into memory and on the disk, to be found again; False when its VMM was a victim."""
         note = self.notes[sandbox] = f"n{self.dice.randrange(10**9)}"
         line = f"echo {note} > /mnt/token; echo {note} > /root/token; sync; echo ok"
-        poll(lambda: self.exec(sandbox, line) == "ok\n", 60, f"a note in {sandbox} (seed {SEED})")
+
+        def written():
+            return (self.exec(sandbox, line) == "ok\n" and "written") or (self.is_lost(sandbox) and "lost")
+
+        return poll(written, 60, f"a note in {sandbox} (seed {SEED})") == "written"
+
+    def is_lost(self, sandbox):
+        """Whether its VMM was a victim while it ran; its row says so a moment later."""
+        return sandbox in self.vmm_killed and self.status(sandbox) in {"error", "stopped"}
 
     def expected(self, sandbox):
         """What QUESTION prints there, without line ends."""
@@ -153,11 +161,11 @@ class Crashes:
 
     def aimed_round(self, poll):
         """Pause a sandbox until a compaction follows, each time with something new to remember; kill in the middle."""
-        sandbox = self.dice.choice(sorted(name for name, token in self.tokens.items() if token is not None))
+        known = sorted(name for name, token in self.tokens.items() if token is not None)
+        sandbox = self.dice.choice(known) if known else self.new(poll)
         for _ in range(GENERATIONS + 1):
-            if not self.wake(sandbox, poll):
+            if not self.wake(sandbox, poll) or not self.note(sandbox, poll):
                 return None
-            self.note(sandbox, poll)
             with ThreadPoolExecutor(1) as pool:
                 job = pool.submit(self.call, "POST", f"/sandboxes/{sandbox}/pause")
                 draft = self.watch(sandbox, job)
@@ -173,8 +181,7 @@ class Crashes:
             status = self.status(sandbox)
             if status == "paused":
                 self.call("POST", f"/sandboxes/{sandbox}/resume")
-            lost = status in {"error", "stopped"} and sandbox in self.vmm_killed
-            return status if status == "running" or lost else None
+            return status if status == "running" or self.is_lost(sandbox) else None
 
         return poll(state, 90, f"{sandbox} runs (seed {SEED})") == "running"
 
@@ -203,7 +210,8 @@ class Crashes:
 
     def kill_in_compaction(self, draft, poll):
         """Now or a moment later; noted only if what the dead agent left is half a compaction."""
-        time.sleep(self.dice.choice([0, self.dice.uniform(0, 0.3)]))
+        if self.in_compaction:  # once at least it is met for certain
+            time.sleep(self.dice.choice([0, self.dice.uniform(0, 0.3)]))
         pids = self.kill("agent")
         poll(lambda: all(_is_dead(pid) for pid in pids), 30, "the agent's death")
         made = draft.with_name(draft.name.removeprefix(".partial-"))
