@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import TypeVar
 
 import httpx
 import msgspec
@@ -22,10 +23,19 @@ HEADERS = {
 T = TypeVar("T")
 
 
-async def ask(http: httpx.AsyncClient, method: str, url: str, kind: type[T], **options: Any) -> T:
+async def ask(
+    http: httpx.AsyncClient,
+    method: str,
+    url: str,
+    kind: type[T],
+    *,
+    headers: Mapping[str, str] | None = None,
+    form: Mapping[str, str] | None = None,
+) -> T:
     """The JSON of a 200 as a `kind`. ProviderFailed for everything else; redirects are not followed."""
+    sent = {**HEADERS, **(headers or {})}
     try:
-        async with http.stream(method, url, follow_redirects=False, **options) as response:
+        async with http.stream(method, url, headers=sent, data=form, follow_redirects=False) as response:
             content = await _bounded(response)
     except (httpx.HTTPError, httpx.InvalidURL) as err:
         raise ProviderFailed(f"{method} {url}: {type(err).__name__}") from err

@@ -90,7 +90,7 @@ class GitHub(Provider):
             "redirect_uri": attempt.redirect_uri,
             "code_verifier": attempt.verifier,
         }
-        answer = await ask(http, "POST", f"{self._url}/login/oauth/access_token", _Token, data=form)
+        answer = await ask(http, "POST", f"{self._url}/login/oauth/access_token", _Token, form=form)
         if answer.error or not answer.access_token:
             raise ProviderFailed(f"no token: {answer.error[:64]!r}")
         return answer.access_token
