@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from capsule.db.queries.users import UserRow
     from capsule.principals import Role, User
 
+NOBODY = UUID(int=0)
 SIGN_UP = "POST /v1/auth/signup"
 TAKEN = "there is an account with this e-mail address; log in"
 REUSED = "this Idempotency-Key was used for a different sign-up; use a new one"
@@ -83,14 +84,14 @@ async def enter(tx: Connection, verified: UserRow, better_hash: str | None) -> L
 
 
 async def record_failure(tx: Connection, user: UserRow | None, address: str) -> None:
-    """The audit row of a failed login, in the team that a known person would have landed in."""
-    place = None if user is None else await sessions.landing(tx, user.id)
+    """The audit row of a failed login, in the team that a known person would have landed in. Nobody's takes as long."""
+    place = await sessions.landing(tx, NOBODY if user is None else user.id)
     await audit.append(
         tx,
         actor_type="user",
         actor_id=None if user is None else user.id,
         actor_name="" if user is None else user.email,
-        team_id=None if place is None else place.team_id,
+        team_id=place.team_id,
         resource_type="auth",
         resource_id="" if user is None else f"usr-{user.id}",
         action="login_failed",

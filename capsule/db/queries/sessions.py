@@ -39,17 +39,16 @@ class PlaceRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def landing(tx: Connection, user_id: UUID) -> LandingRow:
-    """The default team if it lives, else the first they joined that does. For an account that is.
+    """The default team if it lives, else the first they joined that does; none for nobody, after the same work.
 
     `now` is never before the moment from which their sessions are good, even when the server's clock was set back.
     """
     record = await tx.fetchrow(
         """
         select place.team_id, place.role, greatest(clock_timestamp(), u.sessions_valid_from) as now
-        from users u left join lateral (
+        from (values ($1::uuid)) as asked (id) left join users u on u.id = asked.id left join lateral (
           select m.team_id, m.role from memberships m join teams t on t.id = m.team_id and t.deleted_at is null
-          where m.user_id = u.id order by m.is_default desc, m.joined_at, m.team_id limit 1) place on true
-        where u.id = $1
+          where m.user_id = asked.id order by m.is_default desc, m.joined_at, m.team_id limit 1) place on true
         """,
         user_id,
     )
