@@ -31,14 +31,16 @@ Where = Literal["own", "path", "any"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
     """A row. `credentials` empty: anybody. `team` and `role`: the least role, and where. `permission`: of a platform
-    admin. `own`: less than `others` may do it to what they made themselves."""
+    admin. `others`: below it, one's own only. `barred`: who may not although the role reaches."""
 
     credentials: frozenset[Credential] = frozenset()
     team: Where | None = None
     role: Role | None = None
     permission: Permission | None = None
     others: Role | None = None
-    """The least role for what somebody else of the team made; None: `role` is enough."""
+    """The least role for what somebody else of the team made, and for audit rows of scope admin; None: `role` does."""
+    barred: Role | None = None
+    """Said by the use-case, which knows what to do instead: the owner does not leave."""
 
 
 _SESSION = frozenset({Credential.SESSION})
@@ -49,12 +51,13 @@ TEAM = Access(credentials=frozenset({Credential.API_KEY, Credential.SESSION}), t
 """An API key, or a session with a live team."""
 PERSON = Access(credentials=_SESSION)
 TEAM_PERSON = Access(credentials=_SESSION, team="own", role="member")
-KEYS = Access(credentials=_SESSION, team="own", role="member", others="admin")
+OWN_OR_ALL = Access(credentials=_SESSION, team="own", role="member", others="admin")
+"""Members see and end what is theirs, admins all of it."""
 ADMIN_SOMEWHERE = Access(credentials=_SESSION, team="any", role="admin")
 
 
-def _of_path(role: Role) -> Access:
-    return Access(credentials=_SESSION, team="path", role=role)
+def _of_path(role: Role, barred: Role | None = None) -> Access:
+    return Access(credentials=_SESSION, team="path", role=role, barred=barred)
 
 
 def _platform(permission: Permission) -> Access:
@@ -88,12 +91,12 @@ ACCESS: Mapping[str, Access] = {
     "addMember": _of_path("admin"),
     "changeRole": _of_path("admin"),
     "removeMember": _of_path("admin"),
-    "leaveTeam": _of_path("member"),
+    "leaveTeam": _of_path("member", barred="owner"),
     "searchUsers": ADMIN_SOMEWHERE,
     "createApiKey": TEAM_PERSON,
-    "listApiKeys": KEYS,
-    "revokeApiKey": KEYS,
-    "listAuditLogs": TEAM_PERSON,
+    "listApiKeys": OWN_OR_ALL,
+    "revokeApiKey": OWN_OR_ALL,
+    "listAuditLogs": OWN_OR_ALL,
     "setByoc": _platform("byoc"),
     "listAllTeams": _platform("directory"),
     "listAllUsers": _platform("directory"),
@@ -151,6 +154,12 @@ def require(operation: str, role: Role | None) -> Role:
     if least is not None and not reaches(role, least):
         raise errors.Forbidden(f"this needs the role {least}; you are {role}")
     return role
+
+
+def reaches_all(operation: str, role: Role) -> bool:
+    """Whether `role` is enough for what others made, not only for one's own (`Access.others`)."""
+    least = ACCESS[operation].others
+    return least is None or reaches(role, least)
 
 
 def reaches(role: Role, least: Role) -> bool:

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import msgspec
 
 from capsule import errors
-from capsule.auth.access import ACCESS, reaches
+from capsule.auth.access import reaches_all
 from capsule.auth.keys import NewKey, new_key, replayable_key
 from capsule.db.queries import audit, idempotency, keys
 from capsule.db.translated import TranslatedDatabase
@@ -127,7 +127,7 @@ async def _page(
         connection,
         principal.team_id,
         limit=limit + 1,
-        created_by=None if _reaches_others("listApiKeys", principal.role) else principal.actor_id,
+        created_by=None if reaches_all("listApiKeys", principal.role) else principal.actor_id,
         before=None if before is None else (before.created_at, before.id),
     )
 
@@ -140,16 +140,10 @@ async def _revoke(tx: Connection, principal: Principal, key: UUID) -> None:
     row = await keys.lock(tx, principal.team_id, key)
     if row is None:
         raise errors.NotFound("your team has no such API key, or it was revoked")
-    if row.created_by != principal.actor_id and not _reaches_others("revokeApiKey", cast("Role", role)):
+    if row.created_by != principal.actor_id and not reaches_all("revokeApiKey", cast("Role", role)):
         raise errors.Forbidden("this API key is another member's; ask them, or an admin of the team, to revoke it")
     await keys.revoke(tx, principal.team_id, key)
     await _record(tx, principal, key, "revoke", "warning", {"name": row.name})
-
-
-def _reaches_others(operation: str, role: Role) -> bool:
-    """Whether `role` is enough for what somebody else of the team made."""
-    least = ACCESS[operation].others
-    return least is None or reaches(role, least)
 
 
 async def _record(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from capsule.auth.access import reaches
+from capsule.auth.access import reaches_all
 from capsule.db.queries import audit
 from capsule.db.translated import TranslatedDatabase
 from capsule.model import Page, Position
@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
     from capsule.db.queries.audit import AuditRow
-    from capsule.principals import Principal, Role
-
-LEAST_FOR_ADMIN_SCOPE: Role = "admin"
+    from capsule.principals import Principal
 
 
 class AuditTrail:
@@ -38,7 +36,7 @@ class AuditTrail:
 async def _page(
     connection: Connection, principal: Principal, wanted: AuditFilter, limit: int, before: Position | None
 ) -> list[AuditRow]:
-    scopes: list[Scope] = ["team", "admin"] if reaches(principal.role, LEAST_FOR_ADMIN_SCOPE) else ["team"]
+    scopes: list[Scope] = ["team", "admin"] if reaches_all("listAuditLogs", principal.role) else ["team"]
     return await audit.page(
         connection,
         principal.team_id,

@@ -21,7 +21,6 @@ from tests.people.stage import build
 OWN_RULES = {
     # What the use-case knows better than the table, as the contract has it: status and code by role in the team.
     ("switchTeam", None): (403, "forbidden"),
-    ("leaveTeam", "owner"): (403, "forbidden"),
     ("revokeApiKey", "member"): (403, "forbidden"),  # the key in the path is the owner's
 }
 REFUSED_TO_ALL = {"exchangeLoginCode": (401, "unauthorized"), "startOAuth": (404, "provider_not_found")}
@@ -248,7 +247,7 @@ def _of_session(row, name, kind):
         return [(403, "forbidden")]
     if access.team == "path" and kind.role is None:
         return [(404, "not_found")]
-    if access.team == "path" and not reaches(kind.role, access.role):
+    if access.team == "path" and (not reaches(kind.role, access.role) or kind.role == access.barred):
         return [(403, "forbidden")]
     if access.team == "own":
         if kind.team is None:
