@@ -1,0 +1,107 @@
+"""Clients that send the next request when the last was answered, over kept connections: threads and bare sockets, so
+that they cost little beside the server that is measured."""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CLOCK_TICK = 0.01
+"""Seconds; what /proc counts processor time in."""
+
+
+@dataclass
+class Sample:
+    """What one kind of request came to, over all its rounds."""
+
+    seconds: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Requests a second; the median of the rounds."""
+        return statistics.median(self.rates)
+
+    @property
+    def p99(self) -> float:
+        """Seconds, of all requests."""
+        return sorted(self.seconds)[int(len(self.seconds) * 0.99) - 1]
+
+    @property
+    def cost(self) -> float:
+        """Seconds of processor time of the server for one request; the median of the rounds."""
+        return statistics.median(self.processor)
+
+
+def request(path: str, **headers: str) -> bytes:
+    """A GET as it goes over the wire."""
+    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: bench", *lines, "", ""]).encode()
+
+
+def load(port: int, pid: int, sent: bytes, *, clients: int, seconds: float, into: Sample) -> None:
+    """One round: so many clients for so long against the server of that process."""
+    taken: list[list[float]] = [[] for _ in range(clients)]
+    failures: list[BaseException] = []
+
+    def client(mine: list[float]) -> None:
+        try:
+            _client(port, sent, time.perf_counter() + seconds, mine)
+        except BaseException as err:  # noqa: BLE001 - raised again below
+            failures.append(err)
+
+    threads = [threading.Thread(target=client, args=(mine,)) for mine in taken]
+    used, began = processor_seconds(pid), time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - began
+    if failures:
+        raise failures[0]
+    count = sum(map(len, taken))
+    into.seconds += [one for mine in taken for one in mine]
+    into.rates.append(count / wall)
+    into.processor.append((processor_seconds(pid) - used) / count)
+
+
+def processor_seconds(pid: int) -> float:
+    """Of all threads of a process, so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * CLOCK_TICK
+
+
+def _client(port: int, sent: bytes, end: float, taken: list[float]) -> None:
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as peer:
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while (began := time.perf_counter()) < end:
+            peer.sendall(sent)
+            _answer(peer)
+            taken.append(time.perf_counter() - began)
+
+
+def _answer(peer: socket.socket) -> None:
+    """Read one answer; anything but 200 is an error."""
+    data = peer.recv(65536)
+    while b"\r\n\r\n" not in data:
+        data += _more(peer)
+    head, _, body = data.partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(head.decode(errors="replace"))
+    length = next(
+        int(line.partition(b":")[2]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-le")
+    )
+    while len(body) < length:
+        body += _more(peer)
+
+
+def _more(peer: socket.socket) -> bytes:
+    data = peer.recv(65536)
+    if not data:
+        raise ConnectionError("the server closed the connection")
+    return data
