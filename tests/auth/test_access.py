@@ -48,7 +48,7 @@ def user(*permissions, role=None):
         id=uuid4(),
         email="a@example.com",
         name="A",
-        session=Session(id=uuid4(), expires_at=datetime.now(UTC)),
+        session=Session(id=uuid4(), issued_at=datetime.now(UTC), expires_at=datetime.now(UTC)),
         team_id=uuid4() if role else None,
         role=role,
         permissions=frozenset(permissions),
