@@ -102,6 +102,26 @@ async def test_one_place_left(people):
     assert sorted(made) == [201] * 49 + [403] * 11
 
 
+async def test_deleted_twice_at_once(people, team_lock):
+    """The second finds no team; there is one row of each kind in the trail."""
+    team, (agent, _) = await people.team_of_three(), await people.host()
+    sandbox = await people.sandbox(team.id, agent)
+    statuses = []
+
+    async def delete():
+        statuses.append((await team.owner.delete(f"/v1/teams/{team.wire_id}")).status_code)
+
+    async with team_lock(people.world, team.id) as lock:
+        await lock.queue(delete)
+        await lock.queue(delete)
+    assert statuses == [204, 404]
+    rows = await people.sql(
+        "select resource_id from audit_logs where team_id = $1 and action in ('delete', 'destroy') order by created_at",
+        team.id,
+    )
+    assert [row["resource_id"] for row in rows] == [team.wire_id, sandbox]
+
+
 async def test_one_person_added_many_times(people):
     """At once: one is told 201, the others 409; with one Idempotency-Key all are told the same."""
     team = await people.team_of_three()
