@@ -185,17 +185,42 @@ def test_files_that_cannot_be_written_are_named(start_guest, etc, private):
     assert client.call("exec", {"cmd": "uname -n"}).stdout == b"box-2\n"
 
 
+def test_one_of_the_same_size_is_written_in_place(start_guest, private, etc):
+    """On a disk without room for another file, too: a clone of a full template gets its own name."""
+    full = (*private, "sh", "-c", 'mount -t tmpfs -o nr_inodes=3 t /etc && exec "$@"', "sh")
+    client = start_guest("--system-changes", "on", prefix=full).connect()
+    assert client.call("configure", OLD).reply == {}
+    assert client.call("configure", NEW).reply == {}
+    assert client.call("exec", {"cmd": "cat /etc/*; ls /etc"}).stdout.decode().split() == [
+        *NEW.values(),
+        *("hostname", "machine-id"),
+    ]
+    longer = {"hostname": "longer-name"}
+    assert client.call("configure", longer).reply == {"failed": ["/etc/hostname"]}
+
+
+def test_one_with_another_name_is_replaced(client, etc):
+    """What else the file is keeps what it has."""
+    assert client.call("configure", OLD).reply == {}
+    (etc / "other").hardlink_to(etc / "hostname")
+    assert client.call("configure", NEW).reply == {}
+    assert (etc / "hostname").read_text() == "box-b\n"
+    assert (etc / "other").read_text() == "box-a\n"
+    assert (etc / "machine-id").read_text() == "b" * 32 + "\n"
+
+
 WATCH = "while :; do read name < /etc/hostname; read id < /etc/machine-id; echo $(uname -n) $name $id; done"
 """Prints who it thinks the guest is, again and again."""
 
 
 @pytest.fixture(scope="module")
 def slow_binary(tmp_path_factory):
-    """A daemon that takes half a second for each file that it replaces."""
+    """A daemon that takes half a second for each file that it replaces or writes anew."""
     directory = tmp_path_factory.mktemp("slow")
     header = directory / "slow.h"
     header.write_text(
         "#include <stdio.h>\n#include <unistd.h>\n#define rename(...) (usleep(500000), rename(__VA_ARGS__))\n"
+        "#define pwrite(fd, data, count, at) ((count) > 1 ? usleep(500000) : 0, pwrite(fd, data, count, at))\n"
     )
     compile_daemon(directory / "guest", compiler="musl-gcc", flags=("-static", "-O1", "-include", str(header)))
     return directory / "guest"
@@ -262,18 +287,18 @@ def test_one_that_was_given_up_half_way_is_made_good(slow, etc, until):
 def test_of_two_at_once_nothing_is_believed(slow, etc, until):
     """The first to begin is the last to write, and the values of the second are written again when they come again."""
     guest, client = slow
-    first = client.open("configure", {"hostname": "first"})
+    first = client.open("configure", {"hostname": "box-first"})
     (child,) = until(guest.children, "it has a child")
     until((etc / "hostname.capsule").exists, "it is about to replace the file")
     os.kill(child, signal.SIGSTOP)
     (etc / "hostname.capsule").rename(etc / "hostname.kept")
-    assert client.call("configure", {"hostname": "second"}).reply == {}
+    assert client.call("configure", {"hostname": "box-second"}).reply == {}
     (etc / "hostname.kept").rename(etc / "hostname.capsule")
     os.kill(child, signal.SIGCONT)
     assert client.finish(first).reply == {}
-    assert (etc / "hostname").read_text() == "first\n"
-    assert client.call("configure", {"hostname": "second"}).reply == {}
-    assert (etc / "hostname").read_text() == "second\n"
+    assert (etc / "hostname").read_text() == "box-first\n"
+    assert client.call("configure", {"hostname": "box-second"}).reply == {}
+    assert (etc / "hostname").read_text() == "box-second\n"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -234,6 +236,20 @@ def test_strangers_are_not_served(start_guest):
     assert stranger.closed_by_peer()
     with socket.create_connection(("127.0.0.1", guest.port), source_address=("127.0.0.9", 0), timeout=5) as gateway:
         assert gateway.recv(100)
+
+
+def test_a_host_that_has_vanished_is_noticed(guest, until):
+    """Every connection that is taken has the keep-alive timer, which the listener hands on."""
+    client = guest.connect()
+    ends = [f"0100007F:{port:04X}" for port in (guest.port, client.sock.getsockname()[1])]
+
+    def timer():
+        sockets = map(str.split, Path("/proc/net/tcp").read_text().splitlines())
+        (found,) = [words[5] for words in sockets if words[1:3] == ends]
+        kind, _, left = found.partition(":")
+        return int(left, 16) / os.sysconf("SC_CLK_TCK") if kind == "02" else None
+
+    assert 0 < until(timer, "all is acknowledged, and the next timer is keep-alive's") <= 15
 
 
 def test_at_most_32_connections(guest):

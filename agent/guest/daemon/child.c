@@ -60,12 +60,6 @@ void child_enter(const int *fds, int count) {
     place_descriptors(fds, count);
     reset_signals();
     umask(022);
-    /* The daemon is exempt from the OOM killer, what it starts is not. */
-    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
-    if (fd >= 0) {
-        (void)!write(fd, "0", 1);
-        close(fd);
-    }
 }
 
 void worker_record(enum Record kind, struct Slice payload) {

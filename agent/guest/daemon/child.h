@@ -20,7 +20,7 @@ enum Record {
     RECORD_COMMIT = 'C',    /* to the child: END has come, the content is whole */
 };
 
-/* Make the calling child ready: descriptors (the first `count` of the above), signals, session, OOM score. */
+/* Make the calling child ready: descriptors (the first `count` of the above), signals, session. */
 void child_enter(const int *fds, int count);
 
 void worker_record(enum Record kind, struct Slice payload);

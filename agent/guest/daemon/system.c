@@ -1,5 +1,4 @@
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
@@ -50,6 +49,7 @@ static const struct {
     {"/proc/self/fd/2", "/dev/stderr"},
 };
 
+/* (Nothing about the OOM killer: it takes no PID 1, and what we start must not inherit an exemption.) */
 void boot_late_mounts(void) {
     umask(022);
     for (size_t i = 0; i < sizeof mounts / sizeof *mounts; i++) {
@@ -64,12 +64,5 @@ void boot_late_mounts(void) {
     }
     if (mkdir("/tmp", 01777) == 0) { /* on the disk, as its size is the sandbox's; the umask took bits away */
         chmod("/tmp", 01777);
-    }
-    int fd = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
-    if (fd < 0 || write(fd, "-1000", 5) != 5) {
-        printf("capsule-guest: oom_score_adj: %s\n", strerror(errno));
-    }
-    if (fd >= 0) {
-        close(fd);
     }
 }
