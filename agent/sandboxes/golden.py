@@ -28,6 +28,7 @@ from agent.sandboxes.made import Golden, Made, drop_snapshots
 from agent.sandboxes.pausing import freeze
 from agent.sandboxes.records import Record
 from agent.sandboxes.removal import CLEAN_UP, dismantle, forget
+from agent.wire.faults import Fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -39,7 +40,17 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-FORMAT = 1
+FORMAT = 2
+"""Part of every key; raise it when a golden snapshot is made in another way."""
+
+HOSTNAME = "sb-000000000000"
+"""Of a scratch VM. As long as a sandbox's own, which a clone's daemon can then write in its place (replace.c)."""
+
+WARM_UP: tuple[dict[str, object], ...] = ({"cmd": "/bin/true", "args": []}, {"cmd": ":"})
+"""Run before the freeze: loader, C library and shell are then in the page cache. Else the first process of every clone
+reads them from the disk, which takes half as long as its whole start."""
+WARM_UP_TIMEOUT = 10.0
+
 LOOK_EVERY = 60.0
 """Seconds between two looks for new images, and tries of what did not work."""
 MAX_WANTED = 16
@@ -139,7 +150,7 @@ class GoldenSnapshots:
             if free_mb < DISK_RESERVE_MB + record.memory_mb or not admission.lend(record.memory_mb, scope.cancel):
                 log.info("golden_postponed", template=record.template, free_disk_mb=free_mb)
                 return
-            made = Made(msgspec.structs.replace(record, sandbox_id=str(uuid4()), phase="making", hostname="golden"))
+            made = Made(msgspec.structs.replace(record, sandbox_id=str(uuid4()), phase="making", hostname=HOSTNAME))
             try:
                 await self._make(key, made)
             except Exception as err:  # noqa: BLE001 - a boot is what there is without it
@@ -157,6 +168,7 @@ class GoldenSnapshots:
             failure: Exception | None = None
             try:
                 await boot(self._parts, made, envs={}, nursery=nursery)
+                await _warm_up(made)
                 async with self._parts.captures:
                     await freeze(self._parts, made, name, kind="golden", owner=key)
             except Exception as err:  # noqa: BLE001 - raised below, outside of the nursery's group
@@ -208,6 +220,16 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
+async def _warm_up(made: Made) -> None:
+    """Best effort: an image need not have these programs."""
+    assert made.guest is not None  # noqa: S101 - it has answered
+    try:
+        for body in WARM_UP:
+            await made.guest.call("exec", body, timeout=WARM_UP_TIMEOUT)
+    except Fault as fault:
+        log.warning("golden_not_warm", code=fault.code, message=fault.message)
+
+
 def _record(image: Image, shape: Shape) -> Record:
     return Record(
         sandbox_id="",
@@ -216,7 +238,7 @@ def _record(image: Image, shape: Shape) -> Record:
         vcpus=shape.vcpus,
         memory_mb=shape.memory_mb,
         disk_mb=image.disk_mb,
-        hostname="golden",
+        hostname=HOSTNAME,
         kernel=str(image.kernel),
         initramfs=str(image.initramfs),
         rootfs=str(image.rootfs),

@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from agent.sandboxes.golden import LOOK_EVERY, MAX_FAILURES, GoldenSnapshots, Shape, parse_shapes
 from agent.sandboxes.working_set import FIRST_TOUCHES
 from agent.snapshots.layout import WORKING_SET
-from agent.wire.faults import Fault
+from agent.wire.faults import Fault, FaultCode
 
 ONE, TWO, THREE, FOUR = (sandbox_id(number) for number in range(1, 5))
 USUAL = (Shape(1, 128),)
@@ -25,6 +25,11 @@ def maker(**options):
 
 def golden(host):
     return {one.manifest.owner: one for one in host.store().list() if one.manifest.kind == "golden"}
+
+
+def refused(_body):
+    """A program that cannot be run."""
+    raise Fault(FaultCode.NOT_FOUND, "there is no user root in this sandbox")
 
 
 async def test_a_create_is_a_resume(host, autojump_clock):
@@ -49,6 +54,17 @@ async def test_a_create_is_a_resume(host, autojump_clock):
         await agent.destroy(ONE)
         await agent.check()
         assert len(golden(host)) == 1
+
+
+@pytest.mark.parametrize(("options", "runs"), [({}, 2), ({"program": refused}, 1)])
+async def test_one_has_run_programs(host, autojump_clock, options, runs):
+    """What a first process reads from the disk is in its memory; there is one as well where that does not work."""
+    host.guest_options = options
+    async with host.agent(golden=maker()):
+        await wait_all_tasks_blocked()
+        assert len(golden(host)) == 1
+        (guest,) = host.guests.values()
+        assert guest.calls == ["configure", *["exec"] * runs, "settle"]
 
 
 async def test_other_shapes_follow_their_first_boot(host, autojump_clock):
