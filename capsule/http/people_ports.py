@@ -97,7 +97,7 @@ class TeamService(Protocol):
         ...
 
     async def create(self, user: User, *, name: str, idempotency_key: str | None) -> TeamView:
-        """A team that the user owns. QuotaExceeded."""
+        """A team that the user owns. QuotaExceeded; Conflict when the one this key stands for is gone."""
         ...
 
     async def get(self, user: User, team: UUID) -> tuple[TeamView, Sequence[MemberView]]:
@@ -117,7 +117,8 @@ class TeamService(Protocol):
         ...
 
     async def add_member(self, user: User, team: UUID, *, email: str, idempotency_key: str | None) -> MemberView:
-        """NotFound for an unknown address, Conflict for a member, QuotaExceeded."""
+        """As `member`. NotFound for an unknown address, InvalidRequest for none, Conflict for a member,
+        QuotaExceeded."""
         ...
 
     async def change_role(self, user: User, team: UUID, member: UUID, role: GivenRole) -> None:
