@@ -15,6 +15,7 @@ from capsule.principals import PERMISSIONS, Permission, Role
 NAME = rf"^(?=[\s\S]*\S)[^\u0000-\u001f\u007f]*{END}"
 
 Email = Annotated[str, Meta(min_length=3, max_length=320, pattern=NO_NUL, description="An e-mail address.")]
+NewEmail = Annotated[Email, Meta(extra_json_schema={"format": "email"})]
 Password = Annotated[
     str,
     Meta(
@@ -35,7 +36,7 @@ TeamId = Annotated[str, Meta(pattern=ids.TEAM_FORM)]
 class SignUpBody(Struct, kw_only=True, forbid_unknown_fields=True):
     """An account to be made."""
 
-    email: Email
+    email: NewEmail
     password: Password
     name: Name
 
