@@ -109,10 +109,10 @@ def check_database_url(url: str) -> None:
         raise SettingsError("CAPSULE_DATABASE_URL must be like postgresql://user:password@host:5432/capsule")
 
 
-async def wait_for_database(db: Database) -> None:
-    """Until it answers. DatabaseUnavailable after DATABASE_PATIENCE; SettingsError when it refuses us."""
+async def wait_for_database(db: Database, patience: float = DATABASE_PATIENCE) -> None:
+    """Until it answers. DatabaseUnavailable after `patience` seconds; SettingsError when it refuses us."""
     try:
-        await db.wait_available(timeout=DATABASE_PATIENCE)
+        await db.wait_available(timeout=patience)
     except DatabaseError:
         raise
     except Exception as err:  # what it is called is the driver's business: a password, a role, a database's name

@@ -63,6 +63,11 @@ class PostgresHandle:
         self.restarts = 0
 
 
+def dsn_of(runtime: Path) -> str:
+    """Where a server with this runtime directory is, or would be."""
+    return f"postgresql://{USER}@/{DATABASE}?host={quote(str(runtime.absolute()), safe='')}"
+
+
 async def run_postgres(
     data: Path,
     *,
@@ -90,7 +95,7 @@ async def run_postgres(
         programs, account = await trio.to_thread.run_sync(_prepare, data, runtime, cache, explicit)
         if not (data / "PG_VERSION").exists():
             await initialise(programs, data, account, durable=durable)
-        handle = PostgresHandle(f"postgresql://{USER}@/{DATABASE}?host={quote(str(runtime), safe='')}")
+        handle = PostgresHandle(dsn_of(runtime))
         command = _command(programs, data, runtime, durable=durable)
         await _Supervisor(command, data, account, handle, lambda: task_status.started(handle)).run()
 

@@ -8,7 +8,8 @@ from uuid import UUID
 
 import msgspec
 
-from agent.actor.settings import environment
+from agent.actor.settings import SettingsError, environment
+from capsule.db.embedded import dsn_of
 from capsule.dev import files
 
 if TYPE_CHECKING:
@@ -23,6 +24,18 @@ def base(data: Path) -> dict[str, str]:
     """Our own environment over `.env`, over what `capsule dev` decides."""
     decided = {"CAPSULE_AGENT_STATE": str(data / "agent"), "PYTHONUNBUFFERED": "1"}
     return {**decided, **files.read_secrets(data), **environment(Path(".env"))}
+
+
+def of_running(data: Path) -> dict[str, str]:
+    """What the control plane of the `capsule dev` that runs on `data` was told. SettingsError when none does."""
+    if not (data / files.SECRETS).is_file():
+        raise SettingsError(f"{data} is not the data directory of a `capsule dev`")
+    environ = base(data)
+    if not environ.get("CAPSULE_DATABASE_URL"):
+        if not files.is_locked(data):
+            raise SettingsError(f"no `capsule dev` runs on {data}; start it, its database comes with it")
+        environ["CAPSULE_DATABASE_URL"] = dsn_of(data / "run")
+    return for_control_plane(environ)
 
 
 def for_control_plane(environ: Mapping[str, str]) -> dict[str, str]:

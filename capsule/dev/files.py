@@ -20,6 +20,8 @@ from pathlib import Path
 import msgspec
 from dotenv import dotenv_values
 
+SECRETS = "secrets.env"
+LOCK = "dev.lock"
 END_PATIENCE = 10.0
 
 
@@ -37,7 +39,7 @@ class ProgramRecord(msgspec.Struct, frozen=True):
 def lock(data: Path) -> int:
     """Be the only one here; held until the process ends."""
     data.mkdir(parents=True, exist_ok=True)
-    fd = os.open(data / "dev.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(data / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as err:
@@ -46,9 +48,24 @@ def lock(data: Path) -> int:
     return fd
 
 
+def is_locked(data: Path) -> bool:
+    """Whether somebody is here."""
+    try:
+        fd = os.open(data / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def read_secrets(data: Path) -> dict[str, str]:
     """The secrets of this installation; the secret key is made on first use."""
-    known = {k: v for k, v in dotenv_values(data / "secrets.env").items() if v}
+    known = {k: v for k, v in dotenv_values(data / SECRETS).items() if v}
     if "CAPSULE_SECRET_KEY" not in known:
         known["CAPSULE_SECRET_KEY"] = secrets.token_hex(32)
         write_secrets(data, known)
@@ -57,7 +74,7 @@ def read_secrets(data: Path) -> dict[str, str]:
 
 def write_secrets(data: Path, values: dict[str, str]) -> None:
     """Keep the secrets, durably, for root's eyes."""
-    replace(data / "secrets.env", "".join(f"{key}={value}\n" for key, value in sorted(values.items())).encode())
+    replace(data / SECRETS, "".join(f"{key}={value}\n" for key, value in sorted(values.items())).encode())
 
 
 def replace(path: Path, content: bytes, mode: int = 0o600) -> None:

@@ -159,6 +159,15 @@ class AnyUserView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdminView:
+    """A platform admin."""
+
+    email: str
+    name: str
+    permissions: frozenset[Permission]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnyHostView:
     """A host as a platform admin sees it. `team_name`: of a BYOC host's team."""
 
