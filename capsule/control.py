@@ -109,10 +109,11 @@ def check_database_url(url: str) -> None:
         raise SettingsError("CAPSULE_DATABASE_URL must be like postgresql://user:password@host:5432/capsule")
 
 
-async def wait_for_database(db: Database, patience: float = DATABASE_PATIENCE) -> None:
-    """Until it answers. DatabaseUnavailable after `patience` seconds; SettingsError when it refuses us."""
+async def wait_for_database(db: Database, patience: float | None = None) -> None:
+    """Until it answers. DatabaseUnavailable after `patience` seconds (DATABASE_PATIENCE unless given); SettingsError
+    when it refuses us."""
     try:
-        await db.wait_available(timeout=patience)
+        await db.wait_available(timeout=DATABASE_PATIENCE if patience is None else patience)
     except DatabaseError:
         raise
     except Exception as err:  # what it is called is the driver's business: a password, a role, a database's name
