@@ -90,6 +90,7 @@ def run(settings: Settings) -> None:
 async def serve(settings: Settings) -> None:
     """The control plane. Ends by a signal; raises what kept it from starting."""
     check_database_url(settings.database_url)
+    rules_of(settings.rate_limits)
     stop = trio.Event()
     async with trio.open_nursery() as signals:
         await signals.start(_watch_signals, stop, settings.shutdown_timeout)

@@ -37,6 +37,11 @@ def test_a_short_secret_key_is_refused_with_the_way_out(key):
         ("CREATE_TIMEOUT", "-1"),
         ("CREATE_TIMEOUT", "soon"),
         ("LOG_JSON", "perhaps"),
+        ("TRUSTED_PROXIES", "proxy"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8"),
+        ("ARGON2_MEMORY_KIB", "7"),
+        ("ARGON2_TIME_COST", "0"),
+        ("PASSWORD_THREADS", "0"),
     ],
 )
 def test_a_value_that_does_not_fit_names_its_variable(name, value):
