@@ -76,11 +76,11 @@ async def enter(tx: Connection, verified: UserRow, better_hash: str | None) -> L
     password at today's cost."""
     # Two that hold a row cannot both change it: who is going to locks it at once.
     user = await (users.hold if better_hash is None else users.lock)(tx, verified.id)
-    if not _same_password(user, verified):
+    if user is None or not _same_password(user, verified):
         return None
     if better_hash is not None and verified.password_hash is not None:
         await users.rehash(tx, verified.id, old_hash=verified.password_hash, new_hash=better_hash)
-    return await land(tx, verified)
+    return await land(tx, user)
 
 
 async def record_failure(tx: Connection, user: UserRow | None, address: str) -> None:
@@ -128,7 +128,7 @@ async def change_password(tx: Connection, user: User, verified: UserRow, passwor
     """Another password, and the end of all sessions but this one. Unauthorized when somebody else was quicker, or
     this session was ended meanwhile."""
     row = await users.lock(tx, user.id)
-    if not _same_password(row, verified) or not await _lives(tx, user):
+    if row is None or not _same_password(row, verified) or not await _lives(tx, user):
         raise errors.Unauthorized("the password was changed meanwhile; log in again")
     await users.set_password(tx, user.id, password_hash, kept_session=user.session.id)
 
@@ -141,9 +141,9 @@ async def _lives(tx: Connection, user: User) -> bool:
     return holder is not None
 
 
-def _same_password(row: UserRow | None, verified: UserRow) -> bool:
+def _same_password(row: UserRow, verified: UserRow) -> bool:
     """A change of password, and nothing else, moves the moment from which sessions are good."""
-    return row is not None and row.sessions_valid_from == verified.sessions_valid_from
+    return row.sessions_valid_from == verified.sessions_valid_from
 
 
 def _same_request(claim: IdempotencyRow, request: SignUp) -> UUID:
