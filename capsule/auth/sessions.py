@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID, uuid4
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 LIFETIME = timedelta(hours=6)
 KEY_PURPOSE = "user-session"
 ALGORITHM = "HS256"
+REMEMBERED = 4096
+"""Tokens whose signature is not computed again. Only sound ones are remembered: what strangers send takes no room."""
 REQUIRED = ("sub", "iat", "exp", "jti")
+EXPIRED = "the session has expired; log in again"
 DEAD = "the session is not valid any more; log in again"
 
 
@@ -57,6 +61,7 @@ class SessionTokens:
 
     def __init__(self, settings: Settings) -> None:
         self._key = settings.derive_key(KEY_PURPOSE)
+        self._sound = lru_cache(REMEMBERED)(self._verify)
 
     def issue(self, holder: SessionHolder, issued_at: datetime) -> str:
         """A token. `issued_at` is the database's clock: it is compared with the moment of a change of password."""
@@ -76,6 +81,13 @@ class SessionTokens:
 
     def check(self, token: str) -> SessionClaims:
         """The claims of a token that we signed and that has not expired; Unauthorized otherwise."""
+        claims = self._sound(token)
+        if claims.expires_at <= datetime.now(UTC):
+            raise Unauthorized(EXPIRED)
+        return claims
+
+    def _verify(self, token: str) -> SessionClaims:
+        """The same of a token that we have not seen, or have forgotten."""
         try:
             claims = jwt.decode(
                 token, self._key, [ALGORITHM], options={"require": list(REQUIRED), "verify_iat": False}
@@ -88,7 +100,7 @@ class SessionTokens:
                 expires_at=datetime.fromtimestamp(claims["exp"], UTC),
             )
         except jwt.ExpiredSignatureError as err:
-            raise Unauthorized("the session has expired; log in again") from err
+            raise Unauthorized(EXPIRED) from err
         except (jwt.InvalidTokenError, ValueError, TypeError, AttributeError, OverflowError, OSError) as err:
             raise Unauthorized("the session's token is not valid; log in") from err
 

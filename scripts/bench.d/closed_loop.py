@@ -10,9 +10,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CLOCK_TICK = 0.01
-"""Seconds; what /proc counts processor time in."""
-
 
 @dataclass
 class Sample:
@@ -28,6 +25,11 @@ class Sample:
         return statistics.median(self.rates)
 
     @property
+    def periods(self) -> list[float]:
+        """Seconds to the next answer, of each round."""
+        return [1 / rate for rate in self.rates]
+
+    @property
     def p99(self) -> float:
         """Seconds, of all requests."""
         return sorted(self.seconds)[int(len(self.seconds) * 0.99) - 1]
@@ -36,6 +38,12 @@ class Sample:
     def cost(self) -> float:
         """Seconds of processor time of the server for one request; the median of the rounds."""
         return statistics.median(self.processor)
+
+
+def share(base: list[float], whole: list[float]) -> float:
+    """What `whole` takes beyond `base`, as a part of it: the median over rounds that were measured side by side, since
+    a busy machine is another one a second later."""
+    return statistics.median(1 - b / w for b, w in zip(base, whole, strict=True))
 
 
 def request(path: str, **headers: str) -> bytes:
@@ -71,9 +79,8 @@ def load(port: int, pid: int, sent: bytes, *, clients: int, seconds: float, into
 
 
 def processor_seconds(pid: int) -> float:
-    """Of all threads of a process, so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * CLOCK_TICK
+    """Of all threads of a process, so far; to the nanosecond."""
+    return sum(int(file.read_text().split()[0]) for file in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 def _client(port: int, sent: bytes, end: float, taken: list[float]) -> None:
