@@ -24,7 +24,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import trio
-from closed_loop import Sample, load, request, share
+from closed_loop import Sample, load, request
 from stage import show
 from trail import measure_pages
 
@@ -189,8 +189,8 @@ def _print(clients: int, samples: dict[str, Sample]) -> None:
         show(f"{title}: p99", sample.p99 * 1000, "ms", base.p99 * 1000 if what else None, what)
         show(f"{title}: processor time", sample.cost * 1e6, "us", base.cost * 1e6 if what else None, what)
         if what:
-            show("  authentication, of the whole request", share(base.periods, sample.periods), "", goal=SHARE)
-            show("  authentication, of its processor time", share(base.processor, sample.processor), "", goal=SHARE)
+            show("  authentication, of the whole request", 1 - sample.rate / base.rate, "", goal=SHARE)
+            show("  authentication, of its processor time", 1 - base.cost / sample.cost, "", goal=SHARE)
 
 
 async def measure_parts(db: Database, stage: Stage) -> None:

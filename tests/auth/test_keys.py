@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsule.auth.keys import ApiKeyAuthenticator, canonical, digest, new_key
+from capsule.auth.keys import ApiKeyAuthenticator, canonical, digest, new_key, replayable_key
 from capsule.db.pool import open_database
 from capsule.db.queries import keys as rows
 from capsule.errors import DatabaseUnavailable, NoTeam, Unauthorized
@@ -40,6 +40,19 @@ def test_a_key_is_a_prefix_and_160_bits():
     assert (len(key.text), key.prefix) == (44, key.text[:12])
     assert key.sha256 == digest(key.text)
     assert key.text != new_key().text
+
+
+def test_a_replayable_key_hangs_on_all_it_is_made_from():
+    """The same again for the same; another key for any other secret, salt, team, person or Idempotency-Key."""
+    salt, team, user = uuid4(), uuid4(), uuid4()
+    parts = {"secret": b"s" * 32, "salt": salt, "team": team, "user": user, "idempotency_key": "once"}
+    key = replayable_key(**parts)
+    assert canonical(key.text) == key.text
+    assert key == replayable_key(**parts)
+    assert (key.prefix, key.sha256) == (key.text[:12], digest(key.text))
+    others = [{"secret": b"t" * 32}, {"salt": team}, {"team": user}, {"user": salt}, {"idempotency_key": "twice"}]
+    assert len({replayable_key(**{**parts, **other}).text for other in [{}, *others]}) == 6
+    assert replayable_key(**{**parts, "team": user, "user": team}) != key
 
 
 def test_the_alias_is_the_same_key():
