@@ -3,6 +3,8 @@ registered."""
 
 from __future__ import annotations
 
+import gzip
+
 import pytest
 import structlog
 import trio
@@ -55,10 +57,27 @@ RUBBISH = {
     "an error": json({"message": "Bad credentials"}, 401),
     "a failure": Answer(b"upstream", 502),
     "a redirect": Answer(b"", 302, {"Location": "http://127.0.0.1:1/"}),
-    "created": json({**GOOD_TOKEN, "id": 1, "login": "x"}, 201),
     "more than anybody needs": Answer(b" " * 4096, chunks=1 + answers.MAX_ANSWER // 4096),
-    "a compressed answer": Answer(b"\x1f\x8b\x08", headers={"Content-Encoding": "gzip"}),
 }
+
+
+GOOD_USER = {"id": 5, "login": "five"}
+
+
+@pytest.mark.parametrize("kind", ["plain", "redirected", "too long", "compressed", "created"])
+async def test_a_good_answer_that_does_not_come_as_agreed(people, github, browser, ada, kind):
+    """What it says would do; that it is too long, elsewhere, packed, or with another status than 200 is enough."""
+    good = json(GOOD_USER)
+    github.answers["/moved"] = good
+    github.answers[USER] = {
+        "plain": good,
+        "redirected": Answer(b"", 302, {"Location": "/moved"}),
+        "too long": json({**GOOD_USER, "padding": "x" * answers.MAX_ANSWER}),
+        "compressed": Answer(gzip.compress(good.body), headers={"Content-Encoding": "gzip"}),
+        "created": Answer(good.body, 201),
+    }[kind]
+    said = await browser.agree(github, ada)
+    assert said == {"error": "exchange_failed"} if kind != "plain" else "code" in said
 
 
 WRONG = [

@@ -56,6 +56,6 @@ async def _bounded(response: httpx.Response) -> bytes:
             content += chunk
             if len(content) > MAX_ANSWER:
                 too_long.cancel()
-    if too_long.cancelled_caught:
+    if len(content) > MAX_ANSWER:
         raise ProviderFailed(f"{response.url}: more than {MAX_ANSWER} bytes")
     return bytes(content)
