@@ -141,7 +141,7 @@ class OAuth:
         if provider is None:
             raise _Refused("invalid_state", "no such provider")
         if error is not None:
-            raise _Refused("access_denied" if error == "access_denied" else "exchange_failed", error[:64])
+            raise _Refused("access_denied" if error == "access_denied" else "exchange_failed", ascii(error[:64]))
         returned = self._states.returned(name, state, cookies.get(STATE_COOKIE))
         if returned is None:
             raise _Refused("invalid_state")
