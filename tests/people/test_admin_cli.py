@@ -218,3 +218,15 @@ async def test_of_two_that_make_the_same_admin_one_is_told(people):
     assert sorted(outcomes) == ["made", "taken", "taken", "taken"]
     [row] = await people.sql("select (select count(*) from teams where slug <> '000000-000000') as teams")
     assert row["teams"] == 1
+
+
+async def test_an_admin_made_at_the_machine_logs_in_and_administers(people):
+    """With the password that was given; an admin who was revoked is refused with the next request."""
+    admins = Admins(people.world.db, people.settings)
+    await admins.create(email="root@example.com", name="Root", password=PASSWORD, permissions=["directory"])
+    answer = await people.nobody.post("/v1/auth/login", {"email": "ROOT@example.com", "password": PASSWORD})
+    root = people.person(answer.json())
+    listed = (await root.get("/v1/admin/users")).json()["items"]
+    assert [(item["email"], item["permissions"]) for item in listed] == [("root@example.com", ["directory"])]
+    assert await admins.revoke("root@example.com")
+    assert (await root.get("/v1/admin/users")).status_code == 403
