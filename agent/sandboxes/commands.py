@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
 
 MAILBOX_CAPACITY = 8
 
@@ -26,11 +27,19 @@ class Destroy:
     """End the sandbox and everything of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unasked:
+    """Why the host pauses a sandbox by itself. `reason` is told; `wanted` is asked again when its turn has come."""
+
+    reason: str
+    wanted: Callable[[], bool]
+
+
 @dataclass(slots=True, eq=False)
 class Pause:
-    """Rest as a snapshot. `idle`: only if it is still idle; nobody waits."""
+    """Rest as a snapshot. `unasked`: nobody told us to."""
 
-    idle: bool = False
+    unasked: Unasked | None = None
     reply: ReplySlot[SandboxState] = field(default_factory=ReplySlot)
 
 
@@ -67,14 +76,18 @@ class Commands:
         self._last: Pause | Resume | None = None
 
     def pause(
-        self, status: Status, state: Callable[[], SandboxState], *, idle: bool = False
+        self, status: Status, state: Callable[[], SandboxState], *, unasked: Unasked | None = None
     ) -> ReplySlot[SandboxState]:
-        """Ask for a pause. Fault `invalid_state` when it cannot be, Busy when too much is asked for."""
+        """Ask for a pause. Fault `invalid_state` when it cannot be, Busy when too much is asked for.
+
+        One that a user asks for, too, is the user's; of two reasons of the host the later one counts.
+        """
         last = self._waiting()
         if isinstance(last, Pause):
-            last.idle = last.idle and idle
+            if last.unasked is not None:
+                last.unasked = unasked
             return last.reply
-        return self._order(Pause(idle=idle), status, Status.PAUSED, state)
+        return self._order(Pause(unasked), status, Status.PAUSED, state)
 
     def resume(self, status: Status, state: Callable[[], SandboxState]) -> ReplySlot[SandboxState]:
         """Ask for a resume; likewise. While it pauses, that is what comes next."""

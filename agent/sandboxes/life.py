@@ -211,18 +211,18 @@ class Life:
 
     async def _pause(self, order: Pause) -> None:
         sandbox = self._sandbox
-        if order.idle and not sandbox.is_idle():
-            order.reply.fail(Fault(FaultCode.INVALID_STATE, "the sandbox is not idle any more"))
+        if order.unasked is not None and not order.unasked.wanted():
+            order.reply.fail(Fault(FaultCode.INVALID_STATE, f"not any more that {order.unasked.reason}"))
             return
         sandbox.commands.current = order
-        untold = f"it was idle for {self._made.record.timeout_sec} s" if order.idle else ""
+        untold = "" if order.unasked is None else order.unasked.reason
         sandbox.set_status(Status.PAUSING)
         try:
             await self._sandbox.commands.unless_stopped(partial(pause, self._parts, self._made, untold=untold))
         except Fault as fault:
             sandbox.set_status(Status.RUNNING)
             log.warning("sandbox_pause_failed", code=fault.code, message=fault.message, **self._made.timings_ms)
-            if order.idle and sandbox.idle.failed():
+            if order.unasked is not None and sandbox.idle.failed():
                 await tell(self._parts, self._sandbox, "pause_failed", fault.message)
             self._sandbox.commands.decide(order, fault)
         # A success is decided by `_settle_down`, what was abandoned by the end of the sandbox.
@@ -247,7 +247,7 @@ class Life:
         if not isinstance(order, Pause):
             return
         self._sandbox.idle.succeeded()
-        log.info("sandbox_paused", idle=bool(self._made.record.untold), **self._made.timings_ms)
+        log.info("sandbox_paused", unasked=self._made.record.untold, **self._made.timings_ms)
         await tell_pause(self._parts, self._sandbox)
         self._sandbox.set_status(Status.PAUSED)
         if not self._mailbox.stop_requested.is_set():  # else destroy has won

@@ -26,6 +26,6 @@ async def reap(manager: Manager) -> None:
         for sandbox in manager.all():
             if sandbox.is_idle() and sandbox.commands.idle():
                 try:
-                    sandbox.pause(idle=True)
+                    sandbox.pause_idle()
                 except Fault:
                     continue  # it ends, or has its hands full

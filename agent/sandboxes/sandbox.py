@@ -12,7 +12,7 @@ import trio
 
 from agent.actor.mailbox import ReplySlot
 from agent.net.addresses import slot_addresses
-from agent.sandboxes.commands import Commands, Destroy, ended
+from agent.sandboxes.commands import Commands, Destroy, Unasked, ended
 from agent.sandboxes.gate import Gate
 from agent.sandboxes.idle import IdleClock
 from agent.sandboxes.made import Made
@@ -53,9 +53,13 @@ class Sandbox:
         self.commands.mailbox.stop_nowait(Destroy())
         return self.gone
 
-    def pause(self, *, idle: bool = False) -> ReplySlot[SandboxState]:
-        """Ask for a pause. `idle`: unless something is asked of it meanwhile. Fault `invalid_state`, `busy`."""
-        return self.commands.pause(self.status, self.state, idle=idle)
+    def pause(self, *, unasked: Unasked | None = None) -> ReplySlot[SandboxState]:
+        """Ask for a pause. `unasked`: it is the host that wants it. Fault `invalid_state`, `busy`."""
+        return self.commands.pause(self.status, self.state, unasked=unasked)
+
+    def pause_idle(self) -> ReplySlot[SandboxState]:
+        """Ask for a pause, unless something is asked of it meanwhile. Fault `invalid_state`, `busy`."""
+        return self.pause(unasked=Unasked(f"it was idle for {self.made.record.timeout_sec} s", self.is_idle))
 
     def resume(self) -> ReplySlot[SandboxState]:
         """Ask for a resume. Fault `invalid_state`, `busy`."""

@@ -79,9 +79,9 @@ async def test_what_comes_in_between_keeps_it(host, autojump_clock, monkeypatch)
         await agent.create(ONE, timeout_sec=60)
         await trio.sleep(61)
         sandbox = agent.manager.find(ONE)
-        slot = sandbox.pause(idle=True)
+        slot = sandbox.pause_idle()
         sandbox.touch()
-        with pytest.raises(Fault, match="not idle"):
+        with pytest.raises(Fault, match="not any more"):
             await slot.wait()
         assert agent.statuses() == {ONE: "running"}
         assert agent.told() == []
@@ -97,11 +97,11 @@ async def test_a_user_who_pauses_at_the_same_time(host, autojump_clock, monkeypa
         sandbox = agent.manager.find(ONE)
         for first in ("reaper", "user"):
             if first == "reaper":
-                sandbox.pause(idle=True)
+                sandbox.pause_idle()
                 outcome = await sandbox.pause().wait()
             else:
                 slot = sandbox.pause()
-                sandbox.pause(idle=True)
+                sandbox.pause_idle()
                 outcome = await slot.wait()
             assert outcome.status == "paused"
             assert agent.told() == []
