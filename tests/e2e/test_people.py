@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from uuid import UUID
 
 import asyncpg
@@ -13,7 +18,9 @@ import pytest
 from capsule.db.embedded import dsn_of
 
 PASSWORD = "correct horse battery staple"
-ADA, GRACE = "ada@example.com", "grace@navy.example"
+ADA, GRACE = "ada@engines.example", "grace@navy.example"
+ANY = httpx.Limits(max_connections=None)
+README = Path(__file__).parents[2] / "README.md"
 
 
 class Web:
@@ -29,6 +36,10 @@ class Web:
         assert answer.status_code == status, f"{method} {path}: {answer.text}"
         return answer.json() if answer.content else None
 
+    def status(self, method, path, **how):
+        """Of the answer, whatever it is."""
+        return self._client.request(method, path, headers=self._headers, **how).status_code
+
     def code(self, method, path, **how):
         """Status and code of a refusal."""
         answer = self._client.request(method, path, headers=self._headers, **how)
@@ -38,7 +49,7 @@ class Web:
 @pytest.fixture
 def web(platform):
     """`web(token=…)`, `web(key=…)`, `web()`."""
-    with httpx.Client(base_url=f"{platform.ready['url']}/v1", timeout=150, trust_env=False) as client:
+    with httpx.Client(base_url=f"{platform.ready['url']}/v1", timeout=150, trust_env=False, limits=ANY) as client:
         yield lambda **credential: Web(client, **credential)
 
 
@@ -142,3 +153,36 @@ def test_two_people_two_teams(platform, web, trail, poll):
         (ADA, "sandbox", "create", "success", {"template": "minimal"}),
         (ADA, "sandbox", "destroy", "warning", {}),
     ]
+
+
+def test_the_readme(platform, web):
+    """Its lines about people, as they stand there, pasted into a shell."""
+    web()(201, "POST", "/auth/signup", json={"email": "grace@example.com", "password": PASSWORD, "name": "Grace"})
+    [lines] = re.findall(r"## People and teams\n.*?```sh\n(.*?)```", README.read_text(), re.DOTALL)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", f'{lines}\necho "$CAPSULE_API_KEY"'],
+        env={"PATH": os.environ["PATH"], "CAPSULE_URL": platform.ready["url"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    decoder, rest = json.JSONDecoder(), done.stdout
+    member, end = decoder.raw_decode(rest)
+    page, further = decoder.raw_decode(rest[end:].lstrip())
+    assert (member["email"], member["role"]) == ("grace@example.com", "member")
+    assert [(one["resource_type"], one["action"]) for one in page["items"]] == [
+        ("api_key", "create"),
+        ("member", "add"),
+        ("team", "create"),
+    ]
+    assert web(key=rest[end:].lstrip()[further:].strip())(200, "GET", "/sandboxes") == []
+
+
+def test_fifty_sign_ups_with_one_address(web):
+    """Passwords of the usual cost, a few at a time: one account, and 49 are told that there is one."""
+    body = {"email": "eve@example.com", "password": PASSWORD, "name": "Eve"}
+    with ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(lambda _: web().status("POST", "/auth/signup", json=body), range(50)))
+    assert sorted(answers) == [201] + [409] * 49
