@@ -81,6 +81,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Memory is not sold twice unless asked: a host that runs out of it kills guests."""
     disk_overcommit: Factor = 4.0
     """Overlays are sparse; few sandboxes fill their disk."""
+    scheduler: Literal["round_robin", "least_loaded"] = "round_robin"
+    """Which of the hosts that fit gets a new sandbox: the next in turn, or the one with the most room."""
     max_teams_per_user: Annotated[int, msgspec.Meta(ge=1)] = 50
     """Teams that a user may own; those that were deleted do not count."""
     github_client_id: str = ""

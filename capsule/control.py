@@ -63,7 +63,7 @@ from capsule.sandboxes.rows import SandboxRows
 from capsule.sandboxes.service import Sandboxes, Templates
 from capsule.sandboxes.snapshots import Snapshots
 from capsule.sandboxes.start import Starter
-from capsule.scheduler.placement import Overcommit
+from capsule.scheduler.placement import STRATEGIES, Overcommit
 from capsule.scheduler.scheduler import Scheduler, fleet_reader
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
     overcommit = Overcommit(
         vcpus=settings.vcpu_overcommit, memory=settings.memory_overcommit, disk=settings.disk_overcommit
     )
-    scheduler = Scheduler(fleet_reader(db, overcommit))
+    scheduler = Scheduler(fleet_reader(db, overcommit), strategy=STRATEGIES[settings.scheduler])
     operations = Operations()
     monitor = Monitor(db, links, settings)
     registry = CollectorRegistry()

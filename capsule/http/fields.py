@@ -53,7 +53,12 @@ IdleTimeout = Annotated[
 MetadataKey = Annotated[str, Meta(min_length=1, max_length=64, pattern=NO_NUL)]
 MetadataValue = Annotated[str, Meta(max_length=1024, pattern=NO_NUL)]
 Metadata = Annotated[
-    dict[MetadataKey, MetadataValue], Meta(max_length=64, description="Your own labels, kept with the sandbox.")
+    dict[MetadataKey, MetadataValue],
+    Meta(
+        max_length=64,
+        description="Your own labels, kept with the sandbox. One has a meaning: `host_tags`, such as `gpu,eu`, asks "
+        "for a host that has all of these tags.",
+    ),
 ]
 EnvName = Annotated[str, Meta(min_length=1, max_length=256, pattern=ENV_NAME)]
 EnvValue = Annotated[str, Meta(max_length=MAX_COMMAND, pattern=NO_NUL)]

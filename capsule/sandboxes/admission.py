@@ -6,6 +6,7 @@ Everything here runs inside a transaction and may be run again from the start.
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -18,9 +19,11 @@ from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.queries import idempotency, sandboxes, teams, templates
 from capsule.sandboxes.rows import found, record
-from capsule.scheduler.placement import Size
+from capsule.scheduler.placement import Size, Wish
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from capsule.config import Settings
     from capsule.db.connection import Connection
     from capsule.db.queries.idempotency import IdempotencyRow
@@ -32,20 +35,32 @@ if TYPE_CHECKING:
 DEFAULT_VCPUS, DEFAULT_MEMORY_MB = 1, 512
 """Of a sandbox from a base image, when the request names none."""
 
+HOST_TAGS = "host_tags"
+"""The key of a sandbox's metadata that names the tags its host has to have, separated by commas."""
+HOST_TAG = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._:=-]{0,63}")
+"""As the table of hosts' tags has them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a request comes to with its template. `snapshot` and `hosts` (those that have it) None: a base image."""
+    """What a request comes to with its template. `snapshot` and `hosts` (those that have it) None: a base image.
+    `byoc`: the team, when it brings its own hosts. `tags`: what its host has to have."""
 
     vcpus: int
     memory_mb: int
     disk_mb: int
     snapshot: UUID | None = None
     hosts: frozenset[UUID] | None = None
+    byoc: UUID | None = None
+    tags: frozenset[str] = frozenset()
 
     def size(self) -> Size:
         """What its host has to have to spare."""
         return Size(vcpus=self.vcpus, memory_mb=self.memory_mb + VMM_MEMORY_MB, disk_mb=self.disk_mb)
+
+    def wish(self) -> Wish:
+        """For the scheduler."""
+        return Wish(size=self.size(), team=self.byoc, tags=self.tags, among=self.hosts)
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,8 @@ class NewSandbox:
 
 async def shape_of(tx: Connection, principal: Principal, request: CreateSandbox, disk_mb: int) -> Shape:
     """What is to be made, from which template; `disk_mb` is a base image's. NotFound; InvalidRequest naming a field
-    that the template has fixed otherwise; Conflict when no host has it any more."""
+    that the template has fixed otherwise, or `metadata`; Conflict when no host has it any more."""
+    tags = host_tags(request.metadata)
     template = await templates.get_by_name(tx, principal.team_id, request.template)
     if template is None:
         raise no_template(request.template)
@@ -85,7 +101,19 @@ async def shape_of(tx: Connection, principal: Principal, request: CreateSandbox,
         disk_mb=template.disk_mb or disk_mb,
         snapshot=template.id if hosts is not None else None,
         hosts=hosts,
+        byoc=principal.team_id if await teams.is_byoc(tx, principal.team_id) else None,
+        tags=tags,
     )
+
+
+def host_tags(metadata: Mapping[str, str]) -> frozenset[str]:
+    """The tags that a sandbox's host has to have, as its metadata asks for them. InvalidRequest."""
+    if HOST_TAGS not in metadata:
+        return frozenset()
+    tags = [tag.strip(" ") for tag in metadata[HOST_TAGS].split(",")]
+    if not all(HOST_TAG.fullmatch(tag) for tag in tags):
+        raise errors.InvalidRequest(f"metadata: {HOST_TAGS} must be tags of hosts, like gpu,eu", field="metadata")
+    return frozenset(tags)
 
 
 def no_template(name: str) -> errors.NotFound:

@@ -76,7 +76,7 @@ class Creator:
         """The row, on a host with room for it, and whether it is this request's to start."""
         shape = await self.rows.run(shape_of, principal, request, self.settings.disk_mb)
         try:
-            async with self.scheduler.reserve(shape.size(), among=shape.hosts) as host:
+            async with self.scheduler.reserve(shape.wish()) as host:
                 return await self._begin(NewSandbox(principal, request, key, shape, host, self.settings))
         except errors.NoHostsAvailable as err:
             full = err

@@ -30,6 +30,7 @@ from capsule.sandboxes.create import REPLAY_PAUSE
 from capsule.sandboxes.failures import as_error
 from capsule.sandboxes.rows import view
 from capsule.sandboxes.start import Origin, outcome
+from capsule.scheduler.placement import WishThere
 
 if TYPE_CHECKING:
     from capsule.config import Settings
@@ -91,7 +92,7 @@ class Forker:
         source = new.source
         want = shape(source).size().times(new.request.count)
         try:
-            async with self.scheduler.reserve(want, among=frozenset({_host(source)})):
+            async with self.scheduler.reserve_there(WishThere(size=want, host=_host(source))):
                 await self._make_snapshot(new)
                 return await self._write_down(new)
         except ConstraintViolated as err:

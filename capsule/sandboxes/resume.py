@@ -25,7 +25,7 @@ from capsule.sandboxes.asking import UNCERTAIN, look, persist
 from capsule.sandboxes.destroy import MAX_RACES
 from capsule.sandboxes.failures import as_error
 from capsule.sandboxes.rows import Trail, found, record, view, wrong_status
-from capsule.scheduler.placement import Size
+from capsule.scheduler.placement import Size, WishThere
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -100,12 +100,11 @@ class Resumer:
 
     async def _begin(self, row: SandboxRow) -> SandboxRow | None:
         """Make the row `resuming`, with room for it; NoHostsAvailable names what its host is short of."""
-        assert row.host_id is not None  # noqa: S101 - it rests there
         try:
-            async with self.scheduler.reserve_more(row.host_id, _other_half(row)):
+            async with self.scheduler.reserve_there(_other_half(row)):
                 return await self.rows.transaction(begin, row, self.settings.resume_timeout)
         except errors.NoHostsAvailable as err:
-            if err.extra.get("limits"):
+            if err.extra.get("limits") != ["hosts"]:
                 raise
             raise errors.HostUnavailable("the sandbox's host is not online; try again later", retry_after=10) from err
         except DatabaseUnavailable as err:
@@ -162,9 +161,11 @@ def _trail(principal: Principal, row: SandboxRow) -> Trail:
     return Trail(who=principal, action="resume", metadata={"template": row.template})
 
 
-def _other_half(row: SandboxRow) -> Size:
+def _other_half(row: SandboxRow) -> WishThere:
     """What it holds running and not at rest; a VMM is counted either way."""
-    return Size(vcpus=-(-row.vcpus // 2), memory_mb=-(-row.memory_mb // 2))
+    assert row.host_id is not None  # noqa: S101 - it rests there
+    half = Size(vcpus=-(-row.vcpus // 2), memory_mb=-(-row.memory_mb // 2))
+    return WishThere(size=half, host=row.host_id, resident=True)
 
 
 def _unknown(error: errors.CapsuleError) -> errors.HostUnavailable:

@@ -21,15 +21,15 @@ from agent.wire.calls import VMM_MEMORY_MB
 from capsule.db.queries import hosts as host_rows
 from capsule.db.queries import sandboxes as sandbox_rows
 from capsule.errors import NoHostsAvailable
-from capsule.scheduler.placement import HostLoad, Refusal, RoundRobin, Size, choose
+from capsule.scheduler.placement import HostLoad, Refusal, RoundRobin, Size, Wish, choose
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
     from uuid import UUID
 
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
-    from capsule.scheduler.placement import Overcommit, Strategy
+    from capsule.scheduler.placement import Overcommit, Strategy, WishThere
 
 REQUESTS_WAITING = 4096
 """More creates than this at once are Busy: each waits for its turn at the same few hosts."""
@@ -42,34 +42,11 @@ RETRY_AFTER = 5.0
 """Seconds we tell a client to wait for room."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fleet:
-    """What the database says: `sold` counts rows, and knows nothing of reservations. `closed`: limits of hosts that
-    are online and take no new sandboxes; those that rest there may be resumed."""
-
-    limits: dict[UUID, Size]
-    sold: dict[UUID, Size]
-    closed: dict[UUID, Size] = field(default_factory=dict)
-
-    def loads(self, reserved: dict[UUID, Size], *, resident: bool = False) -> list[HostLoad]:
-        """Each schedulable host, with `reserved` on top of what is sold; for a sandbox that is `resident` already the
-        closed ones, too."""
-        none = Size()
-        limits = self.limits | self.closed if resident else self.limits
-        return [
-            HostLoad(id=host, limit=limit, sold=self.sold.get(host, none) + reserved.get(host, none))
-            for host, limit in limits.items()
-        ]
-
-
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """A place on `host`, one of `among` when that is given, from the answer until `closed`. `resident`: for what is
-    there already and wants more of it."""
+    """A place on `host` for `wish`, from the answer until `closed`."""
 
-    want: Size
-    among: frozenset[UUID] | None = None
-    resident: bool = False
+    wish: Wish | WishThere
     host: UUID | None = None
     closed: bool = False
 
@@ -101,9 +78,10 @@ class SchedulerStatistics:
 
 
 class Scheduler:
-    """See the module's docstring. `read` looks at the database; `strategy` picks among hosts that fit."""
+    """See the module's docstring. `read` looks at the database, which knows nothing of reservations; `strategy` picks
+    among hosts that fit."""
 
-    def __init__(self, read: Callable[[], Awaitable[Fleet]], *, strategy: Strategy | None = None) -> None:
+    def __init__(self, read: Callable[[], Awaitable[Sequence[HostLoad]]], *, strategy: Strategy | None = None) -> None:
         self._read = read
         self._strategy = strategy or RoundRobin()
         self._requests = Mailbox[Request]("the scheduler", REQUESTS_WAITING)
@@ -122,21 +100,20 @@ class Scheduler:
             await self._place(requests)
 
     @asynccontextmanager
-    async def reserve(self, want: Size, *, among: frozenset[UUID] | None = None) -> AsyncIterator[UUID]:
-        """A host with room for `want`, one of `among` when that is given, held for the length of the block: write the
-        sandbox's row, with the host in it, inside. Raises NoHostsAvailable, which says what was short; Busy;
-        DatabaseUnavailable."""
-        reservation = Reservation(want, among)
+    async def reserve(self, wish: Wish) -> AsyncIterator[UUID]:
+        """A host with room for `wish`, held for the length of the block: write the sandbox's row, with the host in it,
+        inside. Raises NoHostsAvailable, which says what was short; Busy; DatabaseUnavailable."""
+        reservation = Reservation(wish)
         try:
             yield await self._obtain(reservation)
         finally:
             self._release(reservation)
 
     @asynccontextmanager
-    async def reserve_more(self, host: UUID, want: Size) -> AsyncIterator[None]:
-        """Room for `want` on top of what rests on `host`, as a resume needs it; else like `reserve`. The error's
-        `limits` are empty when the host is not online."""
-        reservation = Reservation(want, frozenset({host}), resident=True)
+    async def reserve_there(self, wish: WishThere) -> AsyncIterator[None]:
+        """The same on a certain host, for more of what is there. The error's `limits` are `hosts` when it is not
+        online."""
+        reservation = Reservation(wish)
         try:
             await self._obtain(reservation)
             yield
@@ -158,7 +135,7 @@ class Scheduler:
                 return reservation.host
             if verdict.refusal is not None and (not verdict.transient or trio.current_time() >= give_up_at):
                 self._refused += 1
-                message = verdict.refusal.message(reservation.want)
+                message = reservation.wish.explain(verdict.refusal)
                 raise NoHostsAvailable(message, retry_after=RETRY_AFTER, limits=list(verdict.refusal.limits))
             with trio.move_on_at(give_up_at):
                 await released.wait()
@@ -184,40 +161,44 @@ class Scheduler:
         for request in requests:
             self._place_one(request, fleet, reserved)
 
-    def _place_one(self, request: Request, fleet: Fleet, reserved: dict[UUID, Size]) -> None:
+    def _place_one(self, request: Request, fleet: Sequence[HostLoad], reserved: dict[UUID, Size]) -> None:
         reservation = request.reservation
         if reservation.closed:
             return
-        want = reservation.want
-        look = partial(choose, want=want, strategy=self._strategy, last=self._last, among=reservation.among)
-        chosen = look(fleet.loads(reserved, resident=reservation.resident))
+        wish = reservation.wish
+        look = partial(choose, wish=wish, strategy=self._strategy, last=self._last)
+        chosen = look([host.plus(reserved[host.id]) if host.id in reserved else host for host in fleet])
         if isinstance(chosen, Refusal):
-            alone = look(fleet.loads({}, resident=reservation.resident))
-            request.verdict.answer(Verdict(chosen, transient=not isinstance(alone, Refusal)))
+            request.verdict.answer(Verdict(chosen, transient=not isinstance(look(fleet), Refusal)))
             return
-        reserved[chosen] = reserved.get(chosen, Size()) + want
+        reserved[chosen] = reserved.get(chosen, Size()) + wish.size
         reservation.host = chosen
-        if not reservation.resident:  # which had no choice
+        if isinstance(wish, Wish):  # else there was no choice
             self._last = chosen
         self._held.add(reservation)
         self._placed += 1
         request.verdict.answer(Verdict(None))
 
 
-def fleet_reader(db: Database, overcommit: Overcommit) -> Callable[[], Awaitable[Fleet]]:
-    """Looks at the online regular hosts, and at what their sandboxes hold; cordoned ones are closed."""
+def fleet_reader(db: Database, overcommit: Overcommit) -> Callable[[], Awaitable[list[HostLoad]]]:
+    """Looks at the hosts that are online, and at what their sandboxes hold; cordoned ones are closed."""
     return partial(db.run, partial(_read_fleet, overcommit=overcommit))
 
 
-async def _read_fleet(tx: Connection, *, overcommit: Overcommit) -> Fleet:
+async def _read_fleet(tx: Connection, *, overcommit: Overcommit) -> list[HostLoad]:
     online = await host_rows.list_all(tx, statuses=["online"])
-    sold = await sandbox_rows.reserved_by_host(tx)
-    regular = [host for host in online if host.type == "regular"]
-    return Fleet(
-        limits={host.id: overcommit.limit(_size(host)) for host in regular if not host.cordoned},
-        sold={row.host_id: _sold(row) for row in sold},
-        closed={host.id: overcommit.limit(_size(host)) for host in regular if host.cordoned},
-    )
+    sold = {row.host_id: _sold(row) for row in await sandbox_rows.reserved_by_host(tx)}
+    return [
+        HostLoad(
+            id=host.id,
+            limit=overcommit.limit(_size(host)),
+            sold=sold.get(host.id, Size()),
+            team=host.team_id,
+            tags=frozenset(host.tags),
+            closed=host.cordoned,
+        )
+        for host in online
+    ]
 
 
 def _size(host: host_rows.HostRow) -> Size:
@@ -237,5 +218,5 @@ def _by_host(reservations: set[Reservation]) -> dict[UUID, Size]:
     sums: dict[UUID, Size] = defaultdict(Size)
     for reservation in reservations:
         if reservation.host is not None:
-            sums[reservation.host] += reservation.want
+            sums[reservation.host] += reservation.wish.size
     return sums

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from capsule.db.errors import DatabaseUnavailable
 from capsule.errors import NoHostsAvailable
-from capsule.scheduler.placement import LeastLoaded, Size
-from capsule.scheduler.scheduler import SETTLING_TIME, Fleet, Scheduler
+from capsule.scheduler.placement import HostLoad, LeastLoaded, Size, Wish, WishThere
+from capsule.scheduler.scheduler import SETTLING_TIME, Scheduler
 
 ONE, TWO = UUID(int=1), UUID(int=2)
 WANT = Size(vcpus=1, memory_mb=512, disk_mb=1024)
+WISH = Wish(size=WANT)
 
 
 class FakeDatabase:
@@ -35,7 +36,7 @@ class FakeDatabase:
             raise DatabaseUnavailable("down")
         sold = {host: _times(count) for host, count in self.rows.items()}
         await trio.sleep(self.latency)
-        return Fleet(dict(self.limits), sold)
+        return [HostLoad(id=host, limit=limit, sold=sold.get(host, Size())) for host, limit in self.limits.items()]
 
 
 def _times(count):
@@ -64,7 +65,7 @@ async def test_a_burst_spreads_and_costs_few_looks(scheduler, database, autojump
     done = trio.Event()
 
     async def create():
-        async with scheduler.reserve(WANT) as host:
+        async with scheduler.reserve(WISH) as host:
             placed[host] += 1
             database.rows[host] += 1
             await done.wait()
@@ -87,7 +88,7 @@ async def test_when_all_is_reserved_a_request_waits_for_the_others_and_then_says
     async with trio.open_nursery() as nursery:
 
         async def hold():
-            async with scheduler.reserve(WANT):
+            async with scheduler.reserve(WISH):
                 await trio.sleep_forever()
 
         for _ in range(10):
@@ -95,7 +96,7 @@ async def test_when_all_is_reserved_a_request_waits_for_the_others_and_then_says
         await trio.testing.wait_all_tasks_blocked()
         begun = trio.current_time()
         with pytest.raises(NoHostsAvailable, match="memory") as caught:
-            async with scheduler.reserve(WANT):
+            async with scheduler.reserve(WISH):
                 pass
         assert trio.current_time() - begun == pytest.approx(SETTLING_TIME)
         assert caught.value.extra == {"limits": ["memory_mb"]}
@@ -108,7 +109,7 @@ async def test_a_place_that_counts_twice_for_a_moment_refuses_nobody(scheduler, 
     written = trio.Event()
 
     async def create():
-        async with scheduler.reserve(WANT) as host:
+        async with scheduler.reserve(WISH) as host:
             database.rows[host] += 1
             written.set()
             await trio.sleep(1)
@@ -116,19 +117,19 @@ async def test_a_place_that_counts_twice_for_a_moment_refuses_nobody(scheduler, 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(create)
         await written.wait()
-        async with scheduler.reserve(WANT) as host:
+        async with scheduler.reserve(WISH) as host:
             assert host == ONE
 
 
 async def test_no_room_in_the_rows_is_refused_at_once(scheduler, database, autojump_clock):
     database.rows.update({ONE: 5, TWO: 5})
     with pytest.raises(NoHostsAvailable):
-        async with scheduler.reserve(WANT):
+        async with scheduler.reserve(WISH):
             pass
     assert trio.current_time() == 0
     database.limits.clear()
     with pytest.raises(NoHostsAvailable, match="no host is online"):
-        async with scheduler.reserve(WANT):
+        async with scheduler.reserve(WISH):
             pass
 
 
@@ -137,7 +138,7 @@ async def test_a_caller_that_goes_away_leaves_no_reservation(scheduler, database
     database.latency = 1.0
     for patience in (0.0, 0.5, 0.999, 1.0, 1.001, 1.5):
         with trio.move_on_after(patience):
-            async with scheduler.reserve(WANT):
+            async with scheduler.reserve(WISH):
                 await trio.sleep_forever()
         await trio.sleep(5)
         assert scheduler.statistics().held == 0
@@ -145,7 +146,7 @@ async def test_a_caller_that_goes_away_leaves_no_reservation(scheduler, database
 
 async def test_a_block_that_fails_gives_its_place_back(scheduler, database, autojump_clock):
     with pytest.raises(ZeroDivisionError):
-        async with scheduler.reserve(WANT):
+        async with scheduler.reserve(WISH):
             _ = 1 / 0
     assert scheduler.statistics().held == 0
 
@@ -153,10 +154,10 @@ async def test_a_block_that_fails_gives_its_place_back(scheduler, database, auto
 async def test_a_database_that_is_away_fails_the_askers_and_not_the_scheduler(scheduler, database, autojump_clock):
     database.down = True
     with pytest.raises(DatabaseUnavailable):
-        async with scheduler.reserve(WANT):
+        async with scheduler.reserve(WISH):
             pass
     database.down = False
-    async with scheduler.reserve(WANT):
+    async with scheduler.reserve(WISH):
         pass
 
 
@@ -165,7 +166,7 @@ async def test_the_strategy_is_a_plug(database, nursery, autojump_clock):
     scheduler = Scheduler(database.read, strategy=LeastLoaded())
     await nursery.start(scheduler.run)
     database.rows.update({ONE: 3})
-    async with scheduler.reserve(WANT) as first, scheduler.reserve(WANT) as second:
+    async with scheduler.reserve(WISH) as first, scheduler.reserve(WISH) as second:
         assert [first, second] == [TWO, TWO]
 
 
@@ -196,7 +197,7 @@ async def _play(rooms, latency, plan):
         await trio.sleep(start)
         with trio.move_on_after(0.3 if fate == "cancelled" else 1000):
             try:
-                async with scheduler.reserve(WANT) as host:
+                async with scheduler.reserve(WISH) as host:
                     await trio.sleep(before_row)
                     if fate == "failed":
                         return
@@ -225,50 +226,50 @@ async def _play(rooms, latency, plan):
 async def test_only_certain_hosts(scheduler, database, autojump_clock):
     """A place on one of them, whatever room others have; the refusal says that only they would do."""
     for _ in range(5):
-        async with scheduler.reserve(WANT, among=frozenset({TWO})) as host:
+        async with scheduler.reserve(Wish(size=WANT, among=frozenset({TWO}))) as host:
             assert host == TWO
     database.rows[TWO] = 5
     with pytest.raises(NoHostsAvailable, match="only online host that has the snapshot lacks 512 MiB") as caught:
-        async with scheduler.reserve(WANT, among=frozenset({TWO})):
+        async with scheduler.reserve(Wish(size=WANT, among=frozenset({TWO}))):
             pass
     assert caught.value.extra == {"limits": ["memory_mb"]}
     with pytest.raises(NoHostsAvailable, match="no host that has the snapshot is online") as caught:
-        async with scheduler.reserve(WANT, among=frozenset({UUID(int=9)})):
+        async with scheduler.reserve(Wish(size=WANT, among=frozenset({UUID(int=9)}))):
             pass
-    assert caught.value.extra == {"limits": []}
+    assert caught.value.extra == {"limits": ["snapshot"]}
 
 
 async def test_several_that_have_it_take_turns(scheduler, database, autojump_clock):
     """Round robin among them."""
     seen = []
     for _ in range(4):
-        async with scheduler.reserve(WANT, among=frozenset({ONE, TWO})) as host:
+        async with scheduler.reserve(Wish(size=WANT, among=frozenset({ONE, TWO}))) as host:
             seen.append(host)
     assert Counter(seen) == {ONE: 2, TWO: 2}
 
 
 async def test_more_of_a_host(scheduler, database, autojump_clock):
     """Resumes and creates count each other, in whatever order; closed hosts have room for those that rest there."""
-    half = Size(vcpus=1, memory_mb=256)
-    async with scheduler.reserve_more(ONE, half), scheduler.reserve_more(ONE, half):
+    half = WishThere(size=Size(vcpus=1, memory_mb=256), host=ONE, resident=True)
+    async with scheduler.reserve_there(half), scheduler.reserve_there(half):
         database.rows[ONE] = 4
         with pytest.raises(NoHostsAvailable):
-            async with scheduler.reserve(WANT, among=frozenset({ONE})):
+            async with scheduler.reserve(Wish(size=WANT, among=frozenset({ONE}))):
                 pass
-    async with scheduler.reserve(WANT, among=frozenset({ONE})):
+    async with scheduler.reserve(Wish(size=WANT, among=frozenset({ONE}))):
         with pytest.raises(NoHostsAvailable):
-            async with scheduler.reserve_more(ONE, half):
+            async with scheduler.reserve_there(half):
                 pass
     assert scheduler.statistics().held == 0
 
     async def read():
-        return Fleet({TWO: room_for(5)}, {}, closed={ONE: room_for(1)})
+        return [HostLoad(id=TWO, limit=room_for(5)), HostLoad(id=ONE, limit=room_for(1), closed=True)]
 
     scheduler._read = read
-    async with scheduler.reserve_more(ONE, half):
+    async with scheduler.reserve_there(half):
         for _ in range(3):
-            async with scheduler.reserve(WANT) as host:
+            async with scheduler.reserve(WISH) as host:
                 assert host == TWO
     with pytest.raises(NoHostsAvailable):
-        async with scheduler.reserve(WANT, among=frozenset({ONE})):
+        async with scheduler.reserve(Wish(size=WANT, among=frozenset({ONE}))):
             pass

@@ -100,6 +100,11 @@ async def limits(tx: Connection, team_id: UUID) -> TeamLimits | None:
     return one(TeamLimits, record)
 
 
+async def is_byoc(tx: Connection, team_id: UUID) -> bool:
+    """Whether the team brings its own hosts, and uses no others."""
+    return bool(await tx.fetchval("select is_byoc from teams where id = $1", team_id))
+
+
 async def lock(tx: Connection, team_id: UUID) -> TeamRow | None:
     """A team that lives, locked until the transaction ends: nobody joins, leaves, changes a role, renames or deletes
     it, or makes a sandbox for it meanwhile."""
