@@ -198,15 +198,23 @@ create table hosts (
   deleted_at         timestamptz,
   -- Target of sandboxes_live_host: true or null, so that a deleted host can be referred to by finished sandboxes only.
   alive              boolean generated always as (case when deleted_at is null then true end) stored,
+  -- The registration whose address is proven: the agent with the pinned certificate was reached there.
+  proven_epoch       integer not null default 0,
+  credentials_revoked_at  timestamptz,                              -- stolen ones ended; until it registers anew
   constraint hosts_byoc_has_team check ((type = 'byoc') = (team_id is not null)),
   constraint hosts_registered check (
     status = 'pending'
     or (address is not null and cert_fingerprint is not null and arch is not null
         and cpu_cores is not null and memory_mb is not null and disk_gb is not null)),
-  constraint hosts_alive_key unique (id, alive)
+  constraint hosts_alive_key unique (id, alive),
+  constraint hosts_proven_epoch check (proven_epoch between 0 and credential_epoch),
+  constraint hosts_online_is_proven
+    check (status <> 'online' or (proven_epoch = credential_epoch and credentials_revoked_at is null))
 );
--- No host can take the address or the certificate of another that lives.
-create unique index hosts_address_key on hosts (lower(address)) where deleted_at is null;
+-- No host can take the address of another that is there (a mere claim holds nothing), or the certificate of one that
+-- lives.
+create unique index hosts_address_key on hosts (lower(address))
+  where deleted_at is null and proven_epoch = credential_epoch;
 create unique index hosts_cert_fingerprint_key on hosts (cert_fingerprint) where deleted_at is null;
 create index hosts_team_id on hosts (team_id) where deleted_at is null;
 
@@ -229,6 +237,14 @@ create table host_tags (
   tag      text not null constraint host_tags_form check (tag ~ '^[a-zA-Z0-9][a-zA-Z0-9._:=-]{0,63}$'),
   constraint host_tags_pkey primary key (host_id, tag)
 );
+
+-- Hosts that are being deleted with their sandboxes: cordoned, and deleted by anybody once it is due.
+create table host_removals (
+  host_id  uuid constraint host_removals_pkey primary key
+           constraint host_removals_host references hosts on delete cascade,
+  due_at   timestamptz not null
+);
+create index host_removals_due_at on host_removals (due_at);
 
 create table host_registration_tokens (
   id          uuid primary key default gen_random_uuid(),

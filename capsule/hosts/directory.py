@@ -31,7 +31,7 @@ class Directory:
         self._db = db
 
     async def find(self, host: UUID) -> Endpoint | None:
-        """None for a host that is deleted, or that has not registered yet."""
+        """None for a host that is deleted, has not registered yet, or has to register anew: its credentials ended."""
         row = await self._db.run(rows.get, host)
         return None if row is None else _endpoint(row)
 
@@ -43,6 +43,6 @@ class Directory:
 
 
 def _endpoint(row: rows.HostRow) -> Endpoint | None:
-    if row.address is None or row.cert_fingerprint is None:
+    if row.address is None or row.cert_fingerprint is None or row.credentials_revoked_at is not None:
         return None
     return Endpoint(row.address, row.cert_fingerprint, row.credential_epoch)

@@ -72,6 +72,19 @@ class HostLinks:
         async with self._link(host).use(deadline) as peer:
             return await peer.call(method, body, timeout=_left(deadline, method))
 
+    async def reach(
+        self,
+        host: UUID,
+        *,
+        timeout: float,  # noqa: ASYNC109 - of one connection, which others may wait for, too
+    ) -> Endpoint:
+        """Where the agent of `host` is connected, which showed the pinned certificate there; `timeout` seconds. Raises
+        Fault. It may have registered anew since: compare with the row."""
+        link = self._link(host)
+        async with link.use(trio.current_time() + timeout):
+            assert link.endpoint is not None  # noqa: S101 - nothing is connected that was not looked up
+            return link.endpoint
+
     @asynccontextmanager
     async def open_stream(
         self,

@@ -43,6 +43,7 @@ HEARTBEAT_TIMEOUT = 5.0
 """Seconds for the database: the agent gives a whole heartbeat ten."""
 
 TOKEN_SPENT = "the registration token is unknown, expired or already used; make a new one for this host"  # noqa: S105
+ADDRESS_HELD = "another host has this address; give this one an address of its own, or delete the other host"
 REFRESH_SPENT = "the refresh token is unknown, expired or spent; register this host again with a new token"
 
 
@@ -125,6 +126,8 @@ class HostEnrolment:
         if host_id is None:
             raise errors.Unauthorized(TOKEN_SPENT)
         cert_pem = self._authority.issue_host_certificate(request.csr_pem, host_id, address.name)
+        if await host_rows.holds_address(tx, address.text, other_than=host_id):
+            raise errors.Conflict(ADDRESS_HELD)
         row = await host_rows.register(
             tx,
             host_id,
@@ -208,7 +211,7 @@ async def _heard(tx: Connection, claims: tokens.HostClaims) -> None:
     row = _alive(await host_rows.heartbeat(tx, claims.host_id))
     if row.credential_epoch != claims.epoch:
         raise errors.Unauthorized("this host was registered anew since this token was issued")
-    if row.status != "unreachable":
+    if row.status != "unreachable" or not row.proven:
         return
     back = await host_rows.mark_status(
         tx, row.id, from_status=row.status, generation=row.generation, to_status="online"
@@ -266,10 +269,6 @@ def _translated() -> Iterator[None]:
     except DatabaseUnavailable as err:
         raise errors.DatabaseUnavailable("the database does not answer; try again", retry_after=1) from err
     except ConstraintViolated as err:
-        if err.name == "hosts_address_key":
-            raise errors.Conflict(
-                "another host has this address; give this one an address of its own, or delete the other host"
-            ) from err
         if err.name in {"hosts_cpu_cores", "hosts_memory_mb", "hosts_disk_gb"}:
             field = err.name.removeprefix("hosts_")
             raise errors.InvalidRequest(f"{field} must be at least 1", field=field) from err

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+REASON = "a refresh token was used twice: somebody has a copy of this host's credentials"
+
 
 async def exchange(tx: Connection, token: str, following: str) -> RefreshTokenRow | None:
     """Spend `token` for `following`; the row of the latter. None: refused, and `tx` must be committed all the same."""
@@ -27,26 +29,29 @@ async def exchange(tx: Connection, token: str, following: str) -> RefreshTokenRo
 
 
 async def _answered_before(tx: Connection, spent: bytes, following: bytes) -> RefreshTokenRow | None:
-    """The row that `spent` was exchanged for, if for the same key and still unused; else ends the family."""
+    """The row that `spent` was exchanged for, if for the same key and still unused. Else it was stolen, by whoever
+    shows it now or did before: the family ends, and with it the host's JWTs and its being online."""
     row = await rows.get(tx, spent)
     if row is None or row.superseded_at is None or row.revoked_at is not None:
         return None
     answer = await rows.get(tx, following)
     if answer is not None and answer.superseded_at is None and answer.revoked_at is None:
         return answer
-    await rows.revoke_family(tx, row.family)
-    host = await hosts.get(tx, row.host_id)
+    host = await hosts.revoke_credentials(tx, row.host_id) if await rows.revoke_family(tx, row.family) else None
+    if host is None:
+        return None
     await audit.append(
         tx,
         actor_type="system",
         actor_id=None,
         actor_name="system",
-        team_id=None if host is None else host.team_id,
+        team_id=host.team_id,
         resource_type="host",
-        resource_id=f"host-{row.host_id}",
-        action="refresh_token_reuse",
+        resource_id=f"host-{host.id}",
+        action="credentials_revoked",
         scope="admin",
         status="error",
+        metadata={"reason": REASON},
     )
-    log.error("refresh_token_reused", host_id=str(row.host_id))
+    log.error("host_credentials_revoked", host_id=str(host.id), reason=REASON)
     return None

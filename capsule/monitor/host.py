@@ -1,9 +1,10 @@
-"""Follows one host: a listing at once, at every change the agent tells of, and every few seconds anyway.
+"""Follows one host: proves that it is where it says; then a listing at once, at every change the agent tells of, and
+every few seconds anyway.
 
 Owns: the watch stream to its agent, the endings it asked for, the memory of strangers it saw. Owned by: the monitor's
-nursery. Takes: nothing; the agent's notices and the clock are its input. Emits: changed rows, acknowledgements,
-destroys, removals of snapshots. Dies when: the monitor ends it (the host is gone, or another control plane leads). It
-has nothing to lose.
+nursery. Takes: nothing; the agent's notices and the clock are its input. Emits: a host's coming online, changed rows,
+acknowledgements, destroys, removals of snapshots. Dies when: the monitor ends it (the host is gone or registered anew,
+or another control plane leads). It has nothing to lose.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from capsule.db.queries import audit, sandboxes, templates
 from capsule.hosts.answers import parse_answer
 from capsule.monitor.copies import CopyKeeper
 from capsule.monitor.news import News
+from capsule.monitor.proof import prove_address
 from capsule.monitor.reconcile import Change, DestroyAgain, Readdress, only_copy, plan, settled, strangers
 
 if TYPE_CHECKING:
@@ -55,8 +57,10 @@ AFTER_A_BUG = RestartPolicy(first_delay=1.0, max_delay=60.0)
 class HostFollower:
     """See the module's docstring."""
 
-    def __init__(self, host: UUID, db: Database, links: HostLinks) -> None:
+    def __init__(self, host: UUID, db: Database, links: HostLinks, *, epoch: int = 0) -> None:
+        """`epoch`: the registration of the host that we begin with."""
         self._host = host
+        self.epoch = epoch
         self._db = db
         self._links = links
         self._strangers: dict[UUID, float] = {}
@@ -84,6 +88,8 @@ class HostFollower:
 
     async def _follow(self, endings: trio.Nursery) -> None:
         """Hold the watch stream; reconcile on every notice and every interval. Ends with a Fault, or quietly."""
+        if not await prove_address(self._host, self._db, self._links):
+            return
         await self._learn_templates()
         failure: Exception | None = None
         async with self._links.open_stream(self._host, "host.watch", {}) as stream:

@@ -110,7 +110,7 @@ class Monitor:
         for host in live:
             if (status := self._verdict(host)) != host.status:
                 await self._write(_mark, host, status)
-            elif host.status == "unreachable" and not self._lists(host.id):
+            elif (host.status == "unreachable" or self._lost(host)) and not self._lists(host.id):
                 await self._write(_sweep, host)
         for row in await self._db.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
             await self._write(_end_overdue, row)
@@ -124,27 +124,38 @@ class Monitor:
             log.warning("monitor_write_refused", constraint=err.name)
 
     def _follow(self, live: list[HostRow], nursery: trio.Nursery) -> None:
-        ids = {host.id for host in live}
-        for host in ids - self._followers.keys():
-            scope, follower = self._followers[host] = trio.CancelScope(), HostFollower(host, self._db, self._links)
-            nursery.start_soon(_run_in, scope, follower)
-        for host in self._followers.keys() - ids:
-            scope, _ = self._followers.pop(host)
-            scope.cancel()
+        """A follower for each host that can be dialled; a fresh one, without a pause, for one that registered anew."""
+        epochs = {host.id: host.credential_epoch for host in live if host.credentials_revoked_at is None}
+        for host, (scope, follower) in list(self._followers.items()):
+            if epochs.get(host) != follower.epoch:
+                del self._followers[host]
+                scope.cancel()
+        for host, epoch in epochs.items():
+            if host not in self._followers:
+                follower = HostFollower(host, self._db, self._links, epoch=epoch)
+                scope, _ = self._followers[host] = trio.CancelScope(), follower
+                nursery.start_soon(_run_in, scope, follower)
 
     def _lists(self, host: UUID) -> bool:
         """Whether a host that does not beat tells us all the same what it has: its follower keeps its rows true."""
-        _, follower = self._followers[host]
-        return trio.current_time() - follower.listed_at < LISTED_WITHIN
+        followed = self._followers.get(host)
+        return followed is not None and trio.current_time() - followed[1].listed_at < LISTED_WITHIN
 
     def _verdict(self, host: HostRow) -> str:
-        """The status a host should have: one that is silent is unreachable, one that is heard again is online."""
-        heard = host.last_heartbeat or host.created_at
-        silent = datetime.now(UTC) - heard > timedelta(seconds=self._settings.heartbeat_timeout)
-        listened = trio.current_time() - self._listens_since
-        if silent and host.status == "online" and listened > self._settings.heartbeat_interval + HEARTBEAT_MARGIN:
+        """The status a host should have: one that is silent is unreachable, one that is heard again is online if it is
+        proven to be where it says. One that is drained stays so."""
+        if host.status == "online" and self._lost(host):
             return "unreachable"
-        return "online" if host.status == "unreachable" and not silent else host.status
+        return "online" if host.status == "unreachable" and host.proven and not self._silent(host) else host.status
+
+    def _silent(self, host: HostRow) -> bool:
+        heard = host.last_heartbeat or host.created_at
+        return datetime.now(UTC) - heard > timedelta(seconds=self._settings.heartbeat_timeout)
+
+    def _lost(self, host: HostRow) -> bool:
+        """Whether a host is silent that could have been heard."""
+        listened = trio.current_time() - self._listens_since
+        return self._silent(host) and listened > self._settings.heartbeat_interval + HEARTBEAT_MARGIN
 
 
 async def _run_in(scope: trio.CancelScope, follower: HostFollower) -> None:
@@ -153,7 +164,7 @@ async def _run_in(scope: trio.CancelScope, follower: HostFollower) -> None:
 
 
 async def _registered(connection: Connection) -> list[HostRow]:
-    return await hosts.list_all(connection, statuses=["online", "unreachable", "draining"])
+    return [host for host in await hosts.list_all(connection) if host.address is not None]
 
 
 async def _mark(tx: Connection, host: HostRow, status: str) -> None:

@@ -337,8 +337,8 @@ async def test_a_newer_registration_token_voids_the_older(db: Database, soon: da
 
 
 async def test_registration_heartbeat_and_status_of_a_host(db: Database, host: UUID, soon: datetime):
-    """Registering brings it online with a new credential epoch and ends its refresh tokens; status is compare-and-set;
-    a heartbeat is only a heartbeat; a deleted host is gone for all of them."""
+    """Registering begins a new credential epoch and ends its refresh tokens, and its being online until it is proven to
+    be where it says; status is compare-and-set; a heartbeat is only a heartbeat; a deleted host is gone for all."""
     row = await db.run(hosts.get, host)
     assert row is not None
     assert (row.status, row.generation, row.credential_epoch, row.tags) == ("online", 2, 1, [])
@@ -356,15 +356,22 @@ async def test_registration_heartbeat_and_status_of_a_host(db: Database, host: U
     )
     row = await db.transaction(again, host)
     assert row is not None
-    assert (row.generation, row.credential_epoch, row.tags) == (2, 2, ["a", "gpu"])
+    assert (row.status, row.generation, row.credential_epoch, row.tags) == ("unreachable", 3, 2, ["a", "gpu"])
+    assert not row.proven
     rotate = partial(refresh_tokens.rotate, sha256=HASH, new_sha256=bytes(32), expires_at=soon)
     assert await db.transaction(rotate) is None
-    down = partial(hosts.mark_status, from_status="online", generation=2, to_status="unreachable")
+    claim = {"from_status": "unreachable", "generation": 3, "epoch": 2}
+    claim |= {"address": "10.0.0.1:7001", "cert_fingerprint": "ab" * 32}
+    for wrong in ({"epoch": 1}, {"generation": 2}, {"address": "10.0.0.2:7001"}, {"cert_fingerprint": "cd" * 32}):
+        assert await db.transaction(partial(hosts.prove, host_id=host, **{**claim, **wrong})) is None
+    results = await _together(4, lambda _n: db.transaction(partial(hosts.prove, host_id=host, **claim)))
+    assert [(r.status, r.generation, r.proven) for r in results if r is not None] == [("online", 4, True)]
+    down = partial(hosts.mark_status, from_status="online", generation=4, to_status="unreachable")
     results = await _together(4, lambda _n: db.transaction(down, host))
     assert len([r for r in results if r is not None]) == 1
     beaten = await db.run(hosts.heartbeat, host)
     assert beaten is not None
-    assert (beaten.status, beaten.generation) == ("unreachable", 3)
+    assert (beaten.status, beaten.generation) == ("unreachable", 5)
     assert await db.transaction(hosts.pin_certificate, host, "cd" * 32)
     assert [r.id for r in await db.run(hosts.list_all)] == [host]
     assert await db.run(partial(hosts.list_all, statuses=["online"])) == []

@@ -198,7 +198,8 @@ async def test_names_and_addresses_are_checked(db: Database, team: TeamRow):
 
 
 async def test_no_host_takes_anothers_address(db: Database, host: UUID):
-    """Unique among living hosts, whatever the case; a deleted host's is free."""
+    """Unique among living hosts that are proven to be there, whatever the case. A claim takes and holds nothing; a
+    deleted host's address is free."""
     taken = await db.run(hosts.get, host)
     assert taken is not None
     assert taken.address is not None
@@ -207,8 +208,23 @@ async def test_no_host_takes_anothers_address(db: Database, host: UUID):
     assert await _refused(db, steal, other.id, taken.address.upper()) == "hosts_address_key"
     fingerprint = "update hosts set cert_fingerprint = $2 where id = $1"
     assert await _refused(db, fingerprint, other.id, taken.cert_fingerprint) == "hosts_cert_fingerprint_key"
+    claim = "update hosts set address = $2, credential_epoch = 1 where id = $1"
+    await db.transaction(lambda tx: tx.execute(claim, other.id, taken.address.upper()))
+    proof = "update hosts set proven_epoch = 1 where id = $1"
+    assert await _refused(db, proof, other.id) == "hosts_address_key"
     await db.transaction(lambda tx: tx.execute("update hosts set deleted_at = now() where id = $1", host))
-    await db.transaction(lambda tx: tx.execute(steal, other.id, taken.address))
+    await db.transaction(lambda tx: tx.execute(proof, other.id))
+
+
+async def test_only_a_proven_host_is_online(db: Database, host: UUID):
+    """Neither one that registered anew nor one whose credentials ended is, whoever says so; none is proven before."""
+    for change in (
+        "update hosts set credential_epoch = 2 where id = $1",
+        "update hosts set credentials_revoked_at = now() where id = $1",
+    ):
+        assert await _refused(db, change, host) == "hosts_online_is_proven"
+    other = await db.transaction(lambda tx: hosts.insert(tx, type="regular"))
+    assert await _refused(db, "update hosts set proven_epoch = 1 where id = $1", other.id) == "hosts_proven_epoch"
 
 
 async def test_a_host_is_what_its_type_and_status_say(db: Database, team: TeamRow):
@@ -217,7 +233,8 @@ async def test_a_host_is_what_its_type_and_status_say(db: Database, team: TeamRo
     assert await _refused(db, make, "byoc", None) == "hosts_byoc_has_team"
     assert await _refused(db, make, "regular", team.id) == "hosts_byoc_has_team"
     await db.transaction(lambda tx: hosts.insert(tx, type="byoc", team_id=team.id))
-    assert await _refused(db, "update hosts set status = 'online', generation = 2") == "hosts_registered"
+    online = "update hosts set status = 'online', generation = 2"
+    assert await _refused(db, online) == "hosts_registered"
     assert await _refused(db, "update hosts set status = 'online'") == "hosts_generation"
     assert await _refused(db, "update hosts set generation = 2") == "hosts_generation"
 

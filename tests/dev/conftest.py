@@ -41,7 +41,7 @@ def add_host(db):
 
     async def make(tx) -> UUID:
         row = await hosts.insert(tx, type="regular")
-        await hosts.register(
+        registered = await hosts.register(
             tx,
             row.id,
             address=f"{row.id}:7001",
@@ -50,6 +50,16 @@ def add_host(db):
             cpu_cores=4,
             memory_mb=8192,
             disk_gb=100,
+        )
+        assert registered is not None
+        await hosts.prove(
+            tx,
+            row.id,
+            from_status="pending",
+            generation=1,
+            epoch=1,
+            address=registered.address or "",
+            cert_fingerprint=registered.cert_fingerprint or "",
         )
         return row.id
 

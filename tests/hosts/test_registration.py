@@ -18,6 +18,7 @@ from capsule.hosts.directory import Directory, Endpoint
 from capsule.hosts.registration import HostEnrolment
 from capsule.hosts.tokens import HostTokens, new_refresh_token, new_registration_token
 from capsule.model import HostRegistration
+from tests.fixtures.fleet import proven
 
 SETTINGS = Settings(database_url="x", secret_key="s" * 32)
 
@@ -57,6 +58,15 @@ async def joined(enrolment, **changes):
     return await enrolment.register(asking(new.registration_token, **changes))
 
 
+async def reached(db, host):
+    """What the monitor does when it has reached the host's agent."""
+    await db.transaction(lambda tx: _reached(tx, host))
+
+
+async def _reached(tx, host):
+    await proven(tx, await host_rows.get(tx, host))
+
+
 async def fetch(db, query, *parameters):
     async def run(connection):
         return [dict(record.items()) for record in await connection.fetch(query, *parameters)]
@@ -72,16 +82,18 @@ async def execute(db, statement, *parameters):
 
 
 async def test_a_host_registers_and_is_found_with_its_certificate(enrolment, db, forgotten):
-    """pending → online, address and fingerprint on the row, and the token gives access to its own heartbeat."""
+    """Address and fingerprint are on the row, and the token gives access to its own heartbeat; it is pending for all
+    that."""
     new = await enrolment.create_host(provider="hetzner", availability_zone="fsn1")
     assert new.host.status == "pending"
     got = await enrolment.register(asking(new.registration_token))
-    assert (got.host.id, got.host.status, got.host.provider) == (new.host.id, "online", "hetzner")
+    assert (got.host.id, got.host.status, got.host.provider) == (new.host.id, "pending", "hetzner")
     assert forgotten == [new.host.id]
     endpoint = await Directory(db).find(new.host.id)
     assert endpoint == Endpoint("192.0.2.7:7443", fingerprint(got.cert_pem), 1)
     assert await Directory(db).find_all([new.host.id, uuid4()]) == {new.host.id: endpoint}
     await enrolment.heartbeat(new.host.id, got.token)
+    assert (await db.run(host_rows.get, new.host.id)).status == "pending"
 
 
 async def test_a_pending_host_has_no_endpoint(enrolment, db):
@@ -151,9 +163,10 @@ async def test_a_failed_registration_leaves_the_token_unspent(enrolment, changes
     await enrolment.register(asking(new.registration_token))
 
 
-async def test_no_host_takes_the_address_of_another(enrolment):
+async def test_no_host_takes_the_address_of_another(enrolment, db):
     """In any spelling; the token survives, and works with an address of the host's own."""
-    await joined(enrolment, address="agent.example:7443")
+    there = await joined(enrolment, address="agent.example:7443")
+    await reached(db, there.host.id)
     new = await enrolment.create_host()
     with pytest.raises(Conflict, match="another host"):
         await enrolment.register(asking(new.registration_token, address="AGENT.example.:7443"))
@@ -218,6 +231,7 @@ async def test_a_stolen_refresh_token_used_twice_ends_both(enrolment, db, thief_
     """Whoever comes second finds both lines dead, and an audit row tells; one row, however often it is tried."""
     mine, thiefs = new_key(), new_key()
     first = await joined(enrolment, key=mine)
+    await reached(db, first.host.id)
     owner = certificate_request(mine)
     thief = certificate_request(thiefs) if with_key else None
     one, two = (thief, owner) if thief_first else (owner, thief)
@@ -228,7 +242,44 @@ async def test_a_stolen_refresh_token_used_twice_ends_both(enrolment, db, thief_
     with pytest.raises(Unauthorized):
         await enrolment.refresh(got.refresh_token, one)
     rows = await fetch(db, "select * from audit_logs where resource_id = $1", f"host-{first.host.id}")
-    assert [(row["action"], row["status"]) for row in rows] == [("refresh_token_reuse", "error")]
+    assert [(row["action"], row["scope"], row["status"]) for row in rows] == [("credentials_revoked", "admin", "error")]
+    for dead in (first, got):
+        with pytest.raises(Unauthorized):
+            await enrolment.heartbeat(first.host.id, dead.token)
+    row = await db.run(host_rows.get, first.host.id)
+    assert (row.status, row.proven) == ("unreachable", False)
+    assert await Directory(db).find(first.host.id) is None
+
+
+async def test_a_host_whose_credentials_were_stolen_joins_again(enrolment, db):
+    """With a fresh token, as itself; what ended it ends nothing of the new registration."""
+    first = await joined(enrolment)
+    await reached(db, first.host.id)
+    await enrolment.refresh(first.refresh_token, None)
+    with pytest.raises(Unauthorized):
+        await enrolment.refresh(first.refresh_token, None)
+    again = await enrolment.register(asking(await enrolment.new_token(first.host.id)))
+    with pytest.raises(Unauthorized):
+        await enrolment.refresh(first.refresh_token, None)
+    await reached(db, first.host.id)
+    await enrolment.heartbeat(first.host.id, again.token)
+    await enrolment.refresh(again.refresh_token, None)
+    assert (await db.run(host_rows.get, first.host.id)).status == "online"
+
+
+async def test_a_theft_that_two_see_at_once_is_told_once(enrolment, db):
+    first = await joined(enrolment)
+    await enrolment.refresh(first.refresh_token, None)
+
+    async def reuse():
+        with pytest.raises(Unauthorized):
+            await enrolment.refresh(first.refresh_token, None)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(reuse)
+    assert len(await fetch(db, "select from audit_logs where action = 'credentials_revoked'")) == 1
+    assert (await db.run(host_rows.get, first.host.id)).credential_epoch == 2
 
 
 async def test_of_many_refreshes_at_once_one_wins_or_all_agree(enrolment):
@@ -258,6 +309,7 @@ async def test_a_heartbeat_brings_an_unreachable_host_back(enrolment, db):
     """The row says online at once, and the audit trail says so once."""
     got = await joined(enrolment)
     host = got.host.id
+    await reached(db, host)
 
     async def lose(tx):
         row = await host_rows.get(tx, host)
@@ -271,6 +323,15 @@ async def test_a_heartbeat_brings_an_unreachable_host_back(enrolment, db):
     assert (await db.run(host_rows.get, host)).status == "online"
     rows = await fetch(db, "select action from audit_logs where resource_id = $1", f"host-{host}")
     assert rows == [{"action": "marked_up"}]
+
+
+async def test_no_heartbeat_makes_a_host_online_that_is_not_proven(enrolment, db):
+    """Registered anew it is unreachable until it was reached, however it beats."""
+    old = await joined(enrolment)
+    await reached(db, old.host.id)
+    new = await enrolment.register(asking(await enrolment.new_token(old.host.id)))
+    await enrolment.heartbeat(old.host.id, new.token)
+    assert (await db.run(host_rows.get, old.host.id)).status == "unreachable"
 
 
 async def test_heartbeats_are_for_ones_own_living_host(enrolment, db):

@@ -17,7 +17,8 @@ from capsule.db.queries.rows import columns, many, one, only
 class HostRow(msgspec.Struct, frozen=True, kw_only=True):
     """A host; it lives while `deleted_at` is None. What its agent reported is None until it registered.
 
-    `generation` grows with each change of status, `credential_epoch` with each registration.
+    `generation` grows with each change of status, `credential_epoch` with each registration, and when its credentials
+    end. Its address is proven while `proven_epoch` is `credential_epoch`.
     """
 
     id: UUID
@@ -36,9 +37,16 @@ class HostRow(msgspec.Struct, frozen=True, kw_only=True):
     last_heartbeat: datetime | None
     generation: int
     credential_epoch: int
+    proven_epoch: int
+    credentials_revoked_at: datetime | None
     created_at: datetime
     deleted_at: datetime | None
     tags: list[str]
+
+    @property
+    def proven(self) -> bool:
+        """Whether its agent was reached at its address since it registered, and nobody stole its credentials."""
+        return 0 < self.proven_epoch == self.credential_epoch and self.credentials_revoked_at is None
 
 
 _TAGS = "array(select tag from host_tags t where t.host_id = h.id order by tag) as tags"
@@ -137,9 +145,10 @@ async def register(
     memory_mb: int,
     disk_gb: int,
 ) -> HostRow | None:
-    """The host is online, with the certificate pinned; None when it is gone. Its earlier tokens are dead.
+    """The host claims an address, with the certificate pinned; None when it is gone. Its earlier tokens are dead.
 
-    ConstraintViolated("hosts_address_key" or "hosts_cert_fingerprint_key") when another living host has them.
+    `prove` makes it online. Until then it is what it was: `pending`, `draining`, else `unreachable`.
+    ConstraintViolated("hosts_cert_fingerprint_key") when another living host has the certificate.
     """
     await tx.execute(
         "update host_refresh_tokens set revoked_at = now() where host_id = $1 and revoked_at is null", host_id
@@ -148,8 +157,9 @@ async def register(
         f"""
         update hosts as h set
           address = $2, cert_fingerprint = $3, arch = $4, cpu_cores = $5, memory_mb = $6, disk_gb = $7,
-          status = 'online', generation = generation + (status <> 'online')::int,
-          credential_epoch = credential_epoch + 1, last_heartbeat = now()
+          status = case status when 'online' then 'unreachable' else status end,
+          generation = generation + (status = 'online')::int,
+          credential_epoch = credential_epoch + 1, credentials_revoked_at = null, last_heartbeat = now()
         where h.id = $1 and h.deleted_at is null
         returning {_COLUMNS}
         """,
@@ -160,6 +170,64 @@ async def register(
         cpu_cores,
         memory_mb,
         disk_gb,
+    )
+    return one(HostRow, record)
+
+
+async def holds_address(tx: Connection, address: str, *, other_than: UUID) -> bool:
+    """Whether another living host is proven to be at `address`."""
+    held: bool = await tx.fetchval(
+        """
+        select exists (select from hosts where lower(address) = lower($1) and id <> $2
+                         and deleted_at is null and proven_epoch = credential_epoch)
+        """,
+        address,
+        other_than,
+    )
+    return held
+
+
+async def prove(
+    tx: Connection, host_id: UUID, *, from_status: str, generation: int, epoch: int, address: str, cert_fingerprint: str
+) -> HostRow | None:
+    """Compare-and-set: the agent with that certificate was reached at that address; a `pending` or `unreachable` host
+    is online from now on. None when it is not what it was any more, or is proven, or its credentials were revoked.
+
+    ConstraintViolated("hosts_address_key") when another living host was proven to be there.
+    """
+    record = await tx.fetchrow(
+        f"""
+        update hosts as h set
+          proven_epoch = credential_epoch,
+          status = case when status in ('pending', 'unreachable') then 'online' else status end,
+          generation = generation + (status in ('pending', 'unreachable'))::int
+        where h.id = $1 and h.status = $2 and h.generation = $3 and h.credential_epoch = $4 and h.address = $5
+          and h.cert_fingerprint = $6 and h.proven_epoch < h.credential_epoch and h.credentials_revoked_at is null
+          and h.deleted_at is null
+        returning {_COLUMNS}
+        """,
+        host_id,
+        from_status,
+        generation,
+        epoch,
+        address,
+        cert_fingerprint,
+    )
+    return one(HostRow, record)
+
+
+async def revoke_credentials(tx: Connection, host_id: UUID) -> HostRow | None:
+    """End the host's JWTs (the epoch grows) and its being online, until it registers anew. None when it is gone."""
+    record = await tx.fetchrow(
+        f"""
+        update hosts as h set
+          credential_epoch = credential_epoch + 1, credentials_revoked_at = now(),
+          status = case status when 'online' then 'unreachable' else status end,
+          generation = generation + (status = 'online')::int
+        where h.id = $1 and h.deleted_at is null
+        returning {_COLUMNS}
+        """,
+        host_id,
     )
     return one(HostRow, record)
 

@@ -71,8 +71,10 @@ async def rotate(tx: Connection, *, sha256: bytes, new_sha256: bytes, expires_at
     return await insert(tx, host_id=spent["host_id"], family=spent["family"], sha256=new_sha256, expires_at=expires_at)
 
 
-async def revoke_family(tx: Connection, family: UUID) -> None:
-    """End every token that descends from one registration: somebody showed a spent one."""
-    await tx.execute(
+async def revoke_family(tx: Connection, family: UUID) -> bool:
+    """End every token that descends from one registration: somebody showed a spent one. False when they had ended: of
+    two that try at once one does it, and a registration that came between has done it."""
+    tag = await tx.execute(
         "update host_refresh_tokens set revoked_at = now() where family = $1 and revoked_at is null", family
     )
+    return tag != "UPDATE 0"
