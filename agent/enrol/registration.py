@@ -12,8 +12,9 @@ import msgspec
 import trio
 
 from agent.enrol.credentials import Credentials
-from agent.enrol.errors import ControlPlaneRefused, ControlPlaneUnreachable, CredentialsInvalid
+from agent.enrol.errors import NO_CODE, ControlPlaneRefused, ControlPlaneUnreachable, CredentialsInvalid
 from agent.enrol.identity import certificate_request, check_identity, new_key
+from agent.enrol.resolver import OwnThreads
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -63,7 +64,7 @@ class _Enrolled(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _ErrorBody(msgspec.Struct, frozen=True):
-    code: str = "unknown"
+    code: str = NO_CODE
     message: str = ""
 
 
@@ -91,6 +92,7 @@ class ControlPlane:
         self._http = httpx.AsyncClient(transport=transport, timeout=None, headers=identity)  # noqa: S113
 
     async def __aenter__(self) -> Self:
+        trio.socket.set_custom_hostname_resolver(OwnThreads())  # of this whole run; httpx lets nobody choose
         await self._http.__aenter__()
         return self
 
@@ -140,6 +142,7 @@ class ControlPlane:
             key_pem=key_pem,
             cert_pem=answer.cert_pem or (old.cert_pem if old else ""),
             ca_cert_pem=answer.ca_cert_pem or (old.ca_cert_pem if old else ""),
+            address=old.address if old else "",
         )
         try:
             check_identity(credentials)
@@ -173,7 +176,7 @@ async def _bounded(response: httpx.Response) -> bytes:
             content += chunk
             if len(content) > MAX_ANSWER_BYTES:
                 too_long.cancel()
-    if too_long.cancelled_caught:
+    if len(content) > MAX_ANSWER_BYTES:  # after its last chunk nobody saw the cancellation
         raise ControlPlaneUnreachable(f"{response.url.host} sent an answer that is no control plane's")
     return content
 

@@ -29,7 +29,7 @@ async def ensure_key(tx: Connection, stored: str | None) -> str:
         return stored
     user = await users.by_email(tx, EMAIL)
     if user is None:
-        user = await users.insert(tx, email=EMAIL, name="Developer", is_admin=True)
+        user = await users.insert(tx, email=EMAIL, name="Developer")
     team = await teams.insert(tx, name="Developer's Team", owner_id=user.id)
     key = new_key()
     await keys.insert(tx, team_id=team.id, name=KEY_NAME, prefix=key.prefix, sha256=key.sha256, created_by=user.id)

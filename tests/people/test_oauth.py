@@ -258,6 +258,13 @@ async def test_a_code_ends_after_a_minute(people, github, browser, ada):
     assert (await browser.exchange(said["code"])).status_code == 401
 
 
+async def test_a_code_ends_with_the_sessions(people, github, browser, ada):
+    """Who changes the password has ended what was on its way, too."""
+    said = await browser.agree(github, ada)
+    await people.sql("update users set sessions_valid_from = clock_timestamp()")
+    assert (await browser.exchange(said["code"])).status_code == 401
+
+
 async def test_a_session_lands_where_a_login_does(people, github, browser, ada):
     """In the default team while it lives, then in another, then in none."""
     first = await browser.sign_in(github, ada)

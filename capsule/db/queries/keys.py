@@ -161,7 +161,7 @@ async def lock_team(tx: Connection, team_id: UUID) -> int | None:
 async def lock_maker(tx: Connection, team_id: UUID, user_id: UUID) -> str | None:
     """The role of a member, who stays one until the transaction ends: removing them waits. None for nobody."""
     role: str | None = await tx.fetchval(
-        "select role from memberships where team_id = $1 and user_id = $2 for key share", team_id, user_id
+        "select role from memberships where team_id = $1 and user_id = $2 for share", team_id, user_id
     )
     return role
 

@@ -77,12 +77,14 @@ async def insert_login_code(tx: Connection, sha256: bytes, user_id: UUID, second
 
 
 async def take_login_code(tx: Connection, sha256: bytes) -> UUID | None:
-    """Spend the code: whose it is, or None when it is unknown, spent or expired. Of two at once one gets it."""
+    """Spend the code: whose it is, or None when it is unknown, spent, expired, or older than the last change of
+    password, which ends it as it ends sessions. Of two at once one gets it."""
     user_id: UUID | None = await tx.fetchval(
         """
-        update login_codes set used_at = clock_timestamp()
-        where sha256 = $1 and used_at is null and expires_at > clock_timestamp()
-        returning user_id
+        update login_codes c set used_at = clock_timestamp() from users u
+        where c.sha256 = $1 and c.used_at is null and c.expires_at > clock_timestamp()
+          and u.id = c.user_id and c.created_at >= u.sessions_valid_from
+        returning c.user_id
         """,
         sha256,
     )
