@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from capsule.auth.access import ACCESS
+from capsule.http.openapi import document
 
 ROWS = sorted(ACCESS)
 
@@ -25,15 +26,17 @@ def test_an_alias_is_the_same_operation(route_table):
 
 @pytest.mark.parametrize("name", ROWS)
 async def test_who_may(people, matrix, route_table, name):
-    """Each caller is let through or refused, with the status and the code of the table."""
+    """Each caller is let through or refused, with the status and the code of the table; the document says so, too."""
     await matrix.begin(people)
-    wrong = []
+    wrong, paths = [], document(route_table, "")["paths"]
     rows = [row for row in route_table if name == (row.alias_of or row.name)]
     assert rows, "no route"
     for row in rows:
         for kind in matrix.kinds:
             expected = matrix.expected(row, kind)
             got = await matrix.ask(row, kind)
+            if row.documented:
+                assert str(got[0]) in paths[row.path][row.method.lower()]["responses"], f"{row.name}: {got}"
             if got not in expected:
                 wrong.append(f"{row.method} {row.path} by {kind.name}: {got}, not {expected}")
     assert not wrong, "\n".join(wrong)

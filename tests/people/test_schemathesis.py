@@ -19,8 +19,8 @@ RUNS = {
     "nobody": ("--phases=fuzzing", "--max-examples=1", "--exclude-path-regex=^/v1/capsules"),
     "key": ("--phases=fuzzing", "--max-examples=1", "--exclude-path-regex=^/v1/capsules"),
     "owner": (
-        "--phases=examples,coverage,fuzzing",
-        "--max-examples=2",
+        "--phases=coverage,fuzzing",
+        "--max-examples=1",
         f"--include-path-regex={PEOPLE}",
         "--exclude-operation-id=logOut",  # everything after it would be refused
         "--exclude-operation-id=changePassword",
