@@ -31,7 +31,6 @@ def _load(name):
     return module
 
 
-_load("drivers")
 world = _load("world")
 
 HELD = 0.4

@@ -19,7 +19,6 @@ import trio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sandbox_drivers import Crash
 from sandbox_world import Host, request, sandbox_id, without_threads
 from trio.testing import MockClock, wait_all_tasks_blocked
 
@@ -27,6 +26,7 @@ from agent.sandboxes import checkpoint, compaction, pausing, resuming
 from agent.sandboxes import purge as purging
 from agent.snapshots import drafts
 from agent.wire.faults import Fault
+from tests.fixtures.drivers import Crash
 
 NAMES = [sandbox_id(number) for number in range(1, 5)]
 SNAPSHOTS = [sandbox_id(number) for number in range(100, 106)]

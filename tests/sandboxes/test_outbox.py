@@ -7,7 +7,6 @@ import json
 import msgspec
 import pytest
 import trio
-from sandbox_drivers import Crash
 from sandbox_world import sandbox_id
 from trio.testing import wait_all_tasks_blocked
 
@@ -17,6 +16,7 @@ from agent.wire import limits
 from agent.wire.calls import HostListing, OutboxEntry, body_of, parse
 from agent.wire.codec import encode
 from agent.wire.messages import Reply
+from tests.fixtures.drivers import Crash
 
 ONE, TWO = sandbox_id(1), sandbox_id(2)
 

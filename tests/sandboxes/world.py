@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
 from uuid import UUID
 
 import msgspec
-import outcome
 import trio
 import trio.testing
-from sandbox_drivers import (
-    STORE_OPERATIONS,
-    STORE_STEPS,
-    Crash,
-    GuestOfHost,
-    Overlays,
-    Pager,
-    Slots,
-    StepwiseOs,
-    StepwiseShutil,
-    TrackedDirty,
-    Vms,
-)
 
 from agent.actor.peer import OpenerPeer
 from agent.actor.server import ServerPeer
-from agent.images.store import CURRENT, MANIFEST, PLATFORM, File, ImageStore, Manifest
+from agent.images.store import ImageStore
 from agent.net.pool import SlotPool
 from agent.sandboxes import admission, records
 from agent.sandboxes.adoption import adopt_all
@@ -43,6 +28,20 @@ from agent.snapshots.memory import MemoryReader
 from agent.snapshots.store import SnapshotStore
 from agent.wire.calls import CreateSandbox, CreateSnapshot, HostDescription, body_of
 from agent.wire.faults import Fault
+from tests.fixtures.drivers import (
+    STORE_OPERATIONS,
+    STORE_STEPS,
+    Crash,
+    GuestOfHost,
+    Overlays,
+    Pager,
+    Slots,
+    StepwiseOs,
+    StepwiseShutil,
+    TrackedDirty,
+    Vms,
+    provide_image,
+)
 
 MEMORY_MB = 4096
 
@@ -109,25 +108,7 @@ class Host:
         return watched
 
     def add_image(self, name, digest="a" * 64):
-        folder = self.images.path / name / digest
-        folder.mkdir(parents=True)
-        for part in ("kernel", "initramfs", "rootfs"):
-            (folder / part).write_bytes(b"x" * 4096)
-        manifest = Manifest(
-            name=name,
-            digest=digest,
-            platform=PLATFORM,
-            disk_mb=64,
-            created_at=datetime.now(UTC),
-            kernel=File("kernel", 4096, ""),
-            initramfs=File("initramfs", 4096, ""),
-            rootfs=File("rootfs", 4096, ""),
-            inputs={},
-        )
-        (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
-        link = self.images.path / name / CURRENT
-        link.unlink(missing_ok=True)
-        link.symlink_to(digest)
+        provide_image(self.images, name, digest)
 
     @asynccontextmanager
     async def agent(self, *, memory_mb=MEMORY_MB, **options):
@@ -337,34 +318,6 @@ class Agent:
 
     async def _describe(self):
         return HostDescription(version="0", driver="fake", cpu_cores=1, memory_mb=1, disk_mb=1, disk_free_mb=1)
-
-
-def without_threads(monkeypatch):
-    """Run what goes to threads at once, between two checkpoints: a fake clock does not wait for threads."""
-
-    async def run_sync(function, *arguments, **_options):
-        await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            return function(*arguments)
-        finally:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-
-    real = trio.from_thread.run
-
-    def run(function, *arguments, trio_token=None):
-        """A coroutine that waits for nothing but checkpoints, driven by hand."""
-        if trio_token is not None:  # a thread of the test's own
-            return real(function, *arguments, trio_token=trio_token)
-        coroutine, answer = function(*arguments), None
-        try:
-            while True:
-                coroutine.send(answer)
-                answer = outcome.Value(None)
-        except StopIteration as end:
-            return end.value
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
-    monkeypatch.setattr(trio.from_thread, "run", run)
 
 
 def sandbox_id(number):
