@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from agent.actor.settings import environment, load_settings
+from agent.enrol.heartbeat import INTERVAL
 from agent.snapshots.header import COMPACT_AT
 
 PREFIX = "CAPSULE_AGENT_"
@@ -24,7 +25,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     those of `golden_shapes` (vCPUs x MiB, comma-separated) ahead of need. `prefetch`: bring back what a resumed sandbox
     used first the last time, before it asks. `compact_generations`: after so many pauses what they wrote of a
     memory is made one, in the background. `address` is where the control plane reaches this agent (host:port); by
-    default the bound one.
+    default the bound one, and for `join` the one on the route to the control plane. `heartbeat_interval` in seconds;
+    without an answer for three of them the control plane is lost, and with `pause_on_loss` every sandbox is paused.
     """
 
     state: str = "/var/lib/capsule/agent"
@@ -34,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     bind_host: str = "127.0.0.1"
     bind_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 7443
     address: str = ""
+    heartbeat_interval: Annotated[float, msgspec.Meta(ge=0.1, le=300)] = INTERVAL
+    pause_on_loss: bool = True
     memory_mb: Annotated[int, msgspec.Meta(ge=0)] = 0
     slot_first: Annotated[int, msgspec.Meta(ge=1, le=65000)] = 1
     slot_count: Annotated[int, msgspec.Meta(ge=1, le=65000)] = 1000

@@ -2,13 +2,14 @@
 
 serve
 ├─ signals                     SIGTERM, SIGINT: drain, then cancel; VMs live on
+├─ heartbeat                   nothing may delay it, nor the rest of our start
 ├─ pager                       process supervisor, connection; it outlives us
 ├─ slot pool                   (service)
 ├─ manager                     → sandbox life xN → guest link, VM watch, compaction
 ├─ reaper                      asks idle sandboxes to pause
+├─ loss                        pauses everything while the control plane is lost
 ├─ golden snapshots            → scratch VM
-├─ wire listener               → peer per control plane → handler per stream
-└─ heartbeat                   nothing may delay it
+└─ wire listener               → peer per control plane → handler per stream
 """
 
 from __future__ import annotations
@@ -31,9 +32,11 @@ from agent.actor.supervise import RestartPolicy, supervise
 from agent.actor.tls import TlsStream, serve_tls
 from agent.actor.watchdog import LoopWatchdog
 from agent.config import PREFIX
+from agent.enrol.address import choose_address, join_address, listen_at
 from agent.enrol.credentials import Credentials, CredentialsFile
 from agent.enrol.heartbeat import Heartbeat
 from agent.enrol.identity import install_certificate, is_control_plane, server_ssl_context
+from agent.enrol.joining import Joining, check_unregistered, register
 from agent.enrol.registration import Capacity, ControlPlane
 from agent.guest.client import GuestLink
 from agent.images.store import ImageStore
@@ -48,6 +51,7 @@ from agent.sandboxes.adoption import adopt_all, lock_state_directory
 from agent.sandboxes.description import describe
 from agent.sandboxes.golden import GoldenSnapshots, no_golden, parse_shapes
 from agent.sandboxes.handlers import Handlers
+from agent.sandboxes.loss import Loss
 from agent.sandboxes.manager import Manager
 from agent.sandboxes.outbox import Outbox
 from agent.sandboxes.parts import HostParts
@@ -58,6 +62,9 @@ from agent.storage.qcow2 import Qcow2Overlays
 from agent.vmm.qemu import detect_qemu
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from ssl import SSLContext
+
     from agent.config import Settings
 
 log = structlog.get_logger()
@@ -71,22 +78,25 @@ BACKGROUND = RestartPolicy(max_delay=60)
 """What nobody waits for is no reason to end."""
 PAGER_SECONDS = 20
 """For the pager to answer before we go on without it: sandboxes can be created and destroyed all the same."""
-REGISTER_SECONDS = 15
-"""For spending the one-time token and writing down what it bought: a stop in between would waste it."""
+UNREGISTERED = "this host is not registered: capsule-agent join, or set CAPSULE_AGENT_URL and CAPSULE_AGENT_TOKEN"
 
 
 class NotRegistered(Exception):  # noqa: N818 - reads as what is wrong
     """There are no credentials and no token to get some."""
 
 
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT."""
+class CannotListen(Exception):  # noqa: N818
+    """The address that the control plane dials is not to be had."""
+
+
+def run(settings: Settings, joining: Joining | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `joining`: after having registered."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a VM costs five descriptors
-    trio.run(serve, settings, instruments=[LoopWatchdog()])
+    trio.run(serve, settings, joining, instruments=[LoopWatchdog()])
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, joining: Joining | None = None) -> None:
     """The daemon. Ends by a signal; raises what kept it from starting."""
     state = StateDirectory(settings.state_directory())
     root = state.root
@@ -97,10 +107,14 @@ async def serve(settings: Settings) -> None:
         await nursery.start(_watch_signals, stop)
         nursery.start_soon(_stop_early, stop, serving, nursery.cancel_scope)
         async with ControlPlane(settings.url or await _stored_url(root)) as control_plane:
-            credentials = await _credentials(settings, state, control_plane)
-            lock_host_network()
-            await run_in_slot_thread(partial(ensure_host_network, root / HOST_NETWORK_FILE))
-            await _serve_host(settings, state, control_plane, credentials, stop, serving)
+            if joining is None:
+                credentials = await _credentials(settings, state, control_plane)
+            else:
+                credentials = await _join(settings, state, control_plane, joining)
+            if joining is None or joining.serve:
+                lock_host_network()
+                await run_in_slot_thread(partial(ensure_host_network, root / HOST_NETWORK_FILE))
+                await _serve_host(settings, state, control_plane, credentials, stop, serving)
         nursery.cancel_scope.cancel()
     log.info("agent_stopped")
 
@@ -123,22 +137,23 @@ async def _serve_host(
         CredentialsFile(state.root / CREDENTIALS_FILE),
         credentials,
         on_renewed=partial(install_certificate, tls),
+        interval=settings.heartbeat_interval,
     )
     peers: set[ServerPeer] = set()
+    host, port = listen_at(settings.bind_host, settings.bind_port, credentials.address)
     async with trio.open_nursery() as nursery:
+        await nursery.start(heartbeat.run)
         await start_pager(nursery, parts, state.root / PAGER_DIRECTORY)
         found = await adopt_all(parts)
         await nursery.start(parts.slots.run)
         await nursery.start(manager.run, found)
         nursery.start_soon(supervise, "reaper", partial(reap, manager), BACKGROUND)
+        if settings.pause_on_loss:
+            nursery.start_soon(supervise, "loss", Loss(manager, heartbeat.presence).run, BACKGROUND)
         if golden is not None:
             make = partial(golden.run, found.golden, manager.admission)
             nursery.start_soon(supervise, "golden_snapshots", make, BACKGROUND)
-        serve_peer = partial(_serve_peer, handlers, peers)
-        port = await nursery.start(
-            partial(serve_tls, serve_peer, host=settings.bind_host, port=settings.bind_port, context=tls)
-        )
-        await nursery.start(heartbeat.run)
+        port = await _listen(nursery, partial(_serve_peer, handlers, peers), host, port, tls)
         log.info("agent_serving", host_id=credentials.host_id, port=port, driver=parts.vms.name)
         serving.set()
         await stop.wait()
@@ -203,7 +218,7 @@ def make_golden(settings: Settings, parts: HostParts) -> GoldenSnapshots | None:
 async def _stored_url(root: Path) -> str:
     stored = await CredentialsFile(root / CREDENTIALS_FILE).load()
     if stored is None:
-        raise NotRegistered("this host is not registered: set CAPSULE_AGENT_URL and CAPSULE_AGENT_TOKEN")
+        raise NotRegistered(UNREGISTERED)
     return stored.url
 
 
@@ -214,21 +229,59 @@ async def _credentials(settings: Settings, state: StateDirectory, control_plane:
     if stored is not None:
         return stored
     if not settings.token:
-        raise NotRegistered("this host is not registered: set CAPSULE_AGENT_URL and CAPSULE_AGENT_TOKEN")
+        raise NotRegistered(UNREGISTERED)
+    address = settings.address or f"{settings.bind_host}:{settings.bind_port}"
+    return await register(control_plane, file, settings.token, address, await _capacity(settings, state))
+
+
+async def _join(
+    settings: Settings, state: StateDirectory, control_plane: ControlPlane, joining: Joining
+) -> Credentials:
+    """Register, whatever was before; VMs are not touched."""
+    file = CredentialsFile(state.root / CREDENTIALS_FILE)
+    before = await check_unregistered(file, force=joining.force)
+    occupied = before is not None and await trio.to_thread.run_sync(_has_sandboxes, state)
+    choose = partial(choose_address, settings.url, settings.address, settings.bind_host, settings.bind_port)
+    address = await trio.to_thread.run_sync(choose, abandon_on_cancel=True)
+    credentials = await register(
+        control_plane,
+        file,
+        settings.token,
+        address,
+        await _capacity(settings, state),
+        only_as=before.host_id if before is not None and occupied else "",
+        remember_address=True,
+    )
+    joining.tell(credentials)
+    return credentials
+
+
+def _has_sandboxes(state: StateDirectory) -> bool:
+    return any(state.sandboxes.iterdir())
+
+
+async def _capacity(settings: Settings, state: StateDirectory) -> Capacity:
     disk = await trio.to_thread.run_sync(shutil.disk_usage, state.root)
-    capacity = Capacity(
+    return Capacity(
         arch=platform.machine(),
         cpu_cores=os.cpu_count() or 1,
         memory_mb=settings.memory_for_guests(),
         disk_gb=max(1, disk.total // 2**30),
     )
-    address = settings.address or f"{settings.bind_host}:{settings.bind_port}"
-    with trio.move_on_after(REGISTER_SECONDS, shield=True):
-        credentials = await control_plane.register(settings.token, address, capacity)
-        await file.save(credentials)
-        log.info("host_registered", host_id=credentials.host_id, address=address)
-        return credentials
-    raise NotRegistered(f"this host could not be registered in {REGISTER_SECONDS} s: try again with a fresh token")
+
+
+async def _listen(
+    nursery: trio.Nursery, serve_peer: Callable[[TlsStream], Awaitable[None]], host: str, port: int, tls: SSLContext
+) -> int:
+    """The port that is listened on. Raises CannotListen."""
+    try:
+        bound: int = await nursery.start(partial(serve_tls, serve_peer, host=host, port=port, context=tls))
+    except OSError as err:
+        raise CannotListen(
+            f"cannot listen on {join_address(host, port)} ({err.strerror}); if this machine's address has changed, "
+            "make a new token for this host and join again with --force"
+        ) from err
+    return bound
 
 
 async def _serve_peer(handlers: Handlers, peers: set[ServerPeer], stream: TlsStream) -> None:

@@ -39,6 +39,8 @@ class Credentials(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """This host's private key. Never leaves this file and this process."""
     cert_pem: str
     ca_cert_pem: str
+    address: str = ""
+    """host:port that this host joined with; empty when the settings say where it is."""
 
     @property
     def refresh_due_at(self) -> float:

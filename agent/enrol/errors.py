@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+NO_CODE = "unknown"
+"""The code of an answer that has none, and so may be anybody's."""
+
 
 class EnrolError(Exception):
     """Base, never raised itself. The text is for the operator of this host."""
@@ -16,8 +19,11 @@ class ControlPlaneRefused(EnrolError):  # noqa: N818 - reads as what happened
         self.code = code
 
     def is_about_credentials(self) -> bool:
-        """Whether it was this host that was refused, not the form of the request."""
-        return self.status in {401, 403, 404}
+        """Whether it was this host that was refused, not the form of the request.
+
+        Not any 404: a proxy that has lost its control plane says that as well, in words of its own.
+        """
+        return self.status in {401, 403} or (self.status == 404 and self.code != NO_CODE)
 
 
 class ControlPlaneUnreachable(EnrolError):  # noqa: N818
@@ -26,3 +32,31 @@ class ControlPlaneUnreachable(EnrolError):  # noqa: N818
 
 class CredentialsInvalid(EnrolError):  # noqa: N818
     """The credentials file is there and cannot be used; the message says why and what to do."""
+
+
+class UrlInvalid(EnrolError):  # noqa: N818
+    """What the operator gave as the control plane's URL cannot be one."""
+
+
+class TokenInvalid(EnrolError):  # noqa: N818
+    """What the operator gave as a registration token cannot be one."""
+
+
+class AddressUnusable(EnrolError):  # noqa: N818
+    """There is no address at which a control plane could dial this host, or it is not the one that was given."""
+
+
+class AlreadyRegistered(EnrolError):  # noqa: N818
+    """The machine has credentials, and nobody said that they may go."""
+
+
+class AnotherHost(EnrolError):  # noqa: N818
+    """The token is of one host, and what lives on this machine is another's: the fleet would end it as unknown."""
+
+
+class RegistrationInDoubt(EnrolError):  # noqa: N818
+    """No answer to a registration: the token may be spent, or not."""
+
+
+class CredentialsNotStored(EnrolError):  # noqa: N818
+    """The control plane has registered this host, and the disk did not take the credentials."""

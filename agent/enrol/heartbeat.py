@@ -138,7 +138,7 @@ class Heartbeat:
             failures = 0
             while not await self._renew_once():
                 failures += 1
-                await trio.sleep(self._spread(RENEW_BACKOFF.delay(failures)))
+                await self._wait_before_renewing(self._spread(RENEW_BACKOFF.delay(failures)))
             await trio.sleep(RENEW_PAUSE)
 
     async def _renewal_due(self) -> None:
@@ -149,6 +149,14 @@ class Heartbeat:
                 return
             with trio.move_on_after(min(left, CLOCK_CHECK)):
                 await self._renewal_wanted.wait()
+
+    async def _wait_before_renewing(self, seconds: float) -> None:
+        """Cut short by the first refusal of the token: then there is a control plane again that could be asked."""
+        if self._renewal_wanted.is_set():
+            await trio.sleep(seconds)
+            return
+        with trio.move_on_after(seconds):
+            await self._renewal_wanted.wait()
 
     async def _renew_once(self) -> bool:
         used = self._credentials
