@@ -20,6 +20,7 @@ import structlog
 import trio
 
 from agent.actor.watchdog import LoopWatchdog
+from tests.fixtures.threads import without_threads
 
 
 def _load(name):
@@ -89,7 +90,7 @@ def run_watched(main, *, instruments, **options):
 def make_host(tmp_path, monkeypatch, request):
     """A maker of hosts, each in a directory of its own."""
     if request.node.get_closest_marker("real_threads") is None:
-        world.without_threads(monkeypatch)
+        without_threads(monkeypatch)
     numbers = iter(range(10**6))
     return lambda **options: world.Host(tmp_path / f"host{next(numbers)}", monkeypatch, **options)
 

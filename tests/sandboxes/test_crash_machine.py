@@ -19,7 +19,7 @@ import trio
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sandbox_world import Host, request, sandbox_id, without_threads
+from sandbox_world import Host, request, sandbox_id
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from agent.sandboxes import checkpoint, compaction, pausing, resuming
@@ -27,6 +27,7 @@ from agent.sandboxes import purge as purging
 from agent.snapshots import drafts
 from agent.wire.faults import Fault
 from tests.fixtures.drivers import Crash
+from tests.fixtures.threads import without_threads
 
 NAMES = [sandbox_id(number) for number in range(1, 5)]
 SNAPSHOTS = [sandbox_id(number) for number in range(100, 106)]
