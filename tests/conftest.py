@@ -2,6 +2,7 @@ pytest_plugins = [
     "tests.fixtures.postgres",
     "tests.fixtures.clock",
     "tests.fixtures.fleet",
+    "tests.fixtures.daemon_fleet",
     "tests.fixtures.people",
     "tests.fixtures.team_lock",
     "tests.fixtures.github",
