@@ -16,6 +16,10 @@ class DatabaseUnavailable(DatabaseError):
     """
 
 
+class LeadLost(DatabaseUnavailable):
+    """A leader's use of the database after it has lost the lead."""
+
+
 class ConstraintViolated(DatabaseError):
     """A named rule of schema.sql refused the statement; the transaction was rolled back.
 

@@ -1,13 +1,17 @@
 """Leadership among the processes on one database: a session-level advisory lock on a connection of its own.
 
-The lock lives exactly as long as the server keeps that session, so a leader that dies is replaced at once. A leader
-that is cut off finds out within PROBE_INTERVAL + PROBE_TIMEOUT; what it writes until then meets compare-and-set.
+The lock lives exactly as long as the server keeps that session, so a leader that dies is replaced at once. One that
+stalls (a stopped process, a Trio loop that hangs) is replaced after STALL_LIMIT: the server ends a session that is
+silent for so long, and only Trio's side keeps it from being silent. When such a leader comes back it knows by the clock
+that it leads no more, before it has heard so. A leader that is cut off finds out within KEEP_INTERVAL + KEEP_TIMEOUT.
+What is on its way to the database in that moment meets compare-and-set.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -17,14 +21,17 @@ import structlog
 import trio
 
 from capsule.db.bridge import Bridge
-from capsule.db.errors import DatabaseUnavailable
+from capsule.db.errors import DatabaseUnavailable, LeadLost
 
 log = structlog.get_logger()
 
-PROBE_INTERVAL = 5.0
-"""Seconds between questions to a silent session."""
+STALL_LIMIT = 12.0
+"""Seconds of silence after which the server ends the session. The others look once a second: it is replaced in 15."""
 
-PROBE_TIMEOUT = 5.0
+KEEP_INTERVAL = 3.0
+"""Seconds between the leader's questions to its session."""
+
+KEEP_TIMEOUT = 4.0
 """Seconds such a question may take until the lease counts as lost."""
 
 RELEASE_TIMEOUT = 2.0
@@ -32,7 +39,7 @@ RELEASE_TIMEOUT = 2.0
 
 
 class LeaseHolder:
-    """The loop thread's half of a lease: the connection, and the task that asks whether it still lives.
+    """The loop thread's half of a lease: the connection.
 
     Made before the lock is asked for, so that a caller cancelled in that moment can still `abandon` what was got.
     """
@@ -43,7 +50,6 @@ class LeaseHolder:
         self._bridge = bridge
         self._held = held
         self._connection: asyncpg.Connection | None = None
-        self._watch: asyncio.Task[None] | None = None
 
     def abandon(self) -> None:
         """Trio side: end it without waiting."""
@@ -52,7 +58,8 @@ class LeaseHolder:
 
     async def take(self, dsn: str, settings: dict[str, str]) -> bool:
         """Ask for the lock; True when it is ours."""
-        connection = await asyncpg.connect(dsn, server_settings=settings)
+        limit = {"idle_session_timeout": f"{round(STALL_LIMIT * 1000)}ms"}
+        connection = await asyncpg.connect(dsn, server_settings=settings | limit)
         try:
             if not await connection.fetchval("select pg_try_advisory_lock($1)", _lock_number(self.key)):
                 await connection.close(timeout=RELEASE_TIMEOUT)
@@ -63,7 +70,19 @@ class LeaseHolder:
         self._connection = connection
         self._held.add(self)
         connection.add_termination_listener(self._on_terminated)
-        self._watch = asyncio.get_running_loop().create_task(self._probe(connection))
+        return True
+
+    async def ask(self) -> bool:
+        """Break the session's silence; False when it is over."""
+        connection = self._connection
+        if connection is None:
+            return False
+        try:
+            async with asyncio.timeout(KEEP_TIMEOUT):
+                await connection.execute("select 1")
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            connection.terminate()  # tells the listener
+            return False
         return True
 
     async def release(self) -> None:
@@ -84,8 +103,6 @@ class LeaseHolder:
     def _detach(self) -> asyncpg.Connection | None:
         connection, self._connection = self._connection, None
         self._held.discard(self)
-        if self._watch is not None:
-            self._watch.cancel()
         return connection
 
     def _on_terminated(self, _connection: object) -> None:
@@ -94,26 +111,48 @@ class LeaseHolder:
         self._detach()
         self._bridge.tell(self.lost.set)
 
-    async def _probe(self, connection: asyncpg.Connection) -> None:
-        try:
-            while True:
-                await asyncio.sleep(PROBE_INTERVAL)
-                async with asyncio.timeout(PROBE_TIMEOUT):
-                    await connection.execute("select 1")
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            connection.terminate()  # tells the listener
-
 
 class Lease:
     """Held leadership. Owned by the task that got it; ends with `release`, the `async with` block, or `lost`.
 
-    `lost` is set when leadership has ended for whatever reason, also by `release`.
+    `lost` is set when leadership has ended for whatever reason, also by `release`. Run `keep` beside the leader's work:
+    without it the lease ends after STALL_LIMIT.
     """
 
-    def __init__(self, bridge: Bridge, holder: LeaseHolder) -> None:
+    def __init__(self, bridge: Bridge, holder: LeaseHolder, asked_at: float) -> None:
         self._bridge = bridge
         self._holder = holder
+        self._ours_until = asked_at + STALL_LIMIT
         self.lost = holder.lost
+
+    async def keep(self) -> None:
+        """Keep the lease until it is lost. On the very loop that the leader's work is done on: when that hangs, so does
+        this."""
+        while not self.lost.is_set():
+            with trio.move_on_after(KEEP_INTERVAL):
+                await self.lost.wait()
+            asked_at = now()
+            try:
+                kept = await self._bridge.call(self._holder.ask, limit=KEEP_TIMEOUT + 1)
+            except DatabaseUnavailable:
+                kept = False
+            if kept:
+                self._ours_until = asked_at + STALL_LIMIT
+            else:
+                self._give_up()
+
+    def check(self) -> None:
+        """LeadLost when it is over, or may be: nothing was heard of it for as long as the server waits for us."""
+        if now() >= self._ours_until:
+            self._give_up()
+        if self.lost.is_set():
+            raise LeadLost("this process leads no more; another one goes on")
+
+    def _give_up(self) -> None:
+        if not self.lost.is_set():
+            log.warning("lease_given_up", key=self._holder.key)
+        self._holder.abandon()
+        self.lost.set()
 
     async def release(self) -> None:
         """Let another process lead; bounded, and safe to repeat."""
@@ -130,6 +169,11 @@ class Lease:
     ) -> None:
         with trio.move_on_after(2 * RELEASE_TIMEOUT, shield=True), suppress(DatabaseUnavailable):
             await self.release()
+
+
+def now() -> float:
+    """Seconds that also pass while this process, or its machine, is stopped."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _lock_number(key: str) -> int:

@@ -18,7 +18,7 @@ from capsule.db.bridge import Bridge, open_bridge
 from capsule.db.connection import Connection
 from capsule.db.driver import CLOSE_TIMEOUT, SERVER_SETTINGS, DatabaseStatistics, Driver, Isolation, ping
 from capsule.db.errors import DatabaseUnavailable
-from capsule.db.lease import Lease, LeaseHolder
+from capsule.db.lease import Lease, LeaseHolder, now
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -85,16 +85,17 @@ class Database:
     async def try_lead(self, key: str, *, timeout: float = 10.0) -> Lease | None:  # noqa: ASYNC109 - as above
         """Become the one leader for `key` among all processes on this database, or return None at once.
 
-        Use as `async with lease:`, and stop leading when `lease.lost` is set.
+        Use as `async with lease:`, run `lease.keep`, write through a `LedDatabase`, and stop leading when `lease.lost`
+        is set.
         """
         holder = LeaseHolder(self._bridge, key, self._leases)
-        taken = False
+        taken, asked_at = False, now()
         try:
             taken = await self._call(partial(holder.take, self._driver.dsn, SERVER_SETTINGS), timeout)
         finally:
             if not taken:
                 holder.abandon()
-        return Lease(self._bridge, holder) if taken else None
+        return Lease(self._bridge, holder, asked_at) if taken else None
 
     def statistics(self) -> DatabaseStatistics:
         """A consistent enough picture for a gauge; read from another thread than the one that counts."""

@@ -3,6 +3,7 @@
 Owns: a `HostFollower` per live host, while it leads. Owned by: the control plane's nursery.
 Takes: nothing. Emits: statuses of hosts, `missing` rows, ends of rows that nobody finished, audit rows.
 Dies when: the control plane stops. Losing the lead (advisory lock) ends the followers; another control plane goes on.
+A leader that stalls loses it, and writes nothing more: all goes through a LedDatabase.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import trio
 from agent.actor.supervise import RestartPolicy, supervise
 from agent.wire.lifecycle import Status
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
+from capsule.db.led import LedDatabase
 from capsule.db.queries import audit, hosts, idempotency, rate_limits, sandboxes, sessions
 from capsule.monitor.host import HostFollower
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from capsule.config import Settings
     from capsule.db.connection import Connection
+    from capsule.db.lease import Lease
     from capsule.db.pool import Database
     from capsule.db.queries.hosts import HostRow
     from capsule.db.queries.sandboxes import SandboxRow
@@ -52,7 +55,7 @@ class Monitor:
     """See the module's docstring."""
 
     def __init__(self, db: Database, links: HostLinks, settings: Settings) -> None:
-        self._db = db
+        self._db = self._led = db
         self._links = links
         self._settings = settings
         self._followers: dict[UUID, tuple[trio.CancelScope, HostFollower]] = {}
@@ -72,17 +75,19 @@ class Monitor:
                 lease = None
             if lease is not None:
                 async with lease:
-                    await self._lead(lease.lost)
+                    await self._lead(lease)
             await trio.sleep(INTERVAL / 5)
 
-    async def _lead(self, lost: trio.Event) -> None:
+    async def _lead(self, lease: Lease) -> None:
         log.info("monitor_leads")
         self.leading = True
+        self._led = LedDatabase(self._db, lease)
         self._listens_since = trio.current_time()
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(lease.keep)
                 nursery.start_soon(self._keep_watch, nursery)
-                await lost.wait()
+                await lease.lost.wait()
                 nursery.cancel_scope.cancel()
         finally:
             self.leading = False
@@ -105,21 +110,21 @@ class Monitor:
 
     async def _look(self, nursery: trio.Nursery) -> None:
         """One round over all hosts and all overdue rows; one that the database refuses does not hold up the others."""
-        live = await self._db.run(_registered)
+        live = await self._led.run(_registered)
         self._follow(live, nursery)
         for host in live:
             if (status := self._verdict(host)) != host.status:
                 await self._write(_mark, host, status)
             elif (host.status == "unreachable" or self._lost(host)) and not self._lists(host.id):
                 await self._write(_sweep, host)
-        for row in await self._db.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
+        for row in await self._led.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
             await self._write(_end_overdue, row)
         for prune in (idempotency.prune, sessions.prune, rate_limits.prune):
             await self._write(prune)
 
     async def _write(self, fn: Callable[[Connection, *Ts], Awaitable[None]], *args: *Ts) -> None:
         try:
-            await self._db.transaction(fn, *args)
+            await self._led.transaction(fn, *args)
         except ConstraintViolated as err:
             log.warning("monitor_write_refused", constraint=err.name)
 
@@ -132,7 +137,7 @@ class Monitor:
                 scope.cancel()
         for host, epoch in epochs.items():
             if host not in self._followers:
-                follower = HostFollower(host, self._db, self._links, epoch=epoch)
+                follower = HostFollower(host, self._led, self._links, epoch=epoch)
                 scope, _ = self._followers[host] = trio.CancelScope(), follower
                 nursery.start_soon(_run_in, scope, follower)
 

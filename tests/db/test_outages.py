@@ -124,14 +124,15 @@ async def test_a_shut_down_server_is_unavailable_then_back(db: Database, server:
 
 
 async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
-    db: Database, server: PostgresHandle, eventually, monkeypatch: pytest.MonkeyPatch
+    db: Database, server: PostgresHandle, eventually, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
 ):
     """SIGSTOP to all its processes: calls in flight and new ones end by their time-outs, also for a cancelled caller; a
     lease is given up; after SIGCONT everything works, with the same launcher and pool."""
-    monkeypatch.setattr(lease_module, "PROBE_INTERVAL", 0.2)
-    monkeypatch.setattr(lease_module, "PROBE_TIMEOUT", 0.2)
+    monkeypatch.setattr(lease_module, "KEEP_INTERVAL", 0.2)
+    monkeypatch.setattr(lease_module, "KEEP_TIMEOUT", 0.2)
     lease = await db.try_lead("monitor")
     assert lease is not None
+    nursery.start_soon(lease.keep)
     inside = []
 
     async def work(tx: Connection) -> None:
@@ -145,9 +146,9 @@ async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
         assert scope.cancelled_caught
 
     try:
-        async with trio.open_nursery() as nursery:
+        async with trio.open_nursery() as callers:
             for _ in range(3):
-                nursery.start_soon(cancelled_while_it_cleans_up_after_its_time_out)
+                callers.start_soon(cancelled_while_it_cleans_up_after_its_time_out)
             await eventually(lambda: len(inside) == 3)
             _signal_all(server, signal.SIGSTOP)
         for _ in range(5):  # more than there are connections: none is lost
