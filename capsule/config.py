@@ -31,6 +31,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     database_url: str
     """postgresql://… of the database that holds everything."""
+    redis_url: str = ""
+    """redis://…, rediss://… or unix://… that keeps the one-time tokens of hosts; empty: the database does. The same for
+    all control planes of one database."""
     secret_key: Annotated[str, msgspec.Meta(min_length=MIN_SECRET_KEY)]
     """Root of every signature and of the encryption of the CA's private key. All control planes of one database
     share it; with another one hosts and sessions must be enrolled afresh."""
@@ -135,6 +138,7 @@ def load(values: Mapping[str, str]) -> Settings:
         raise SettingsError(f"{PREFIX}ARGON2_MEMORY_KIB must be at least 8 for each of {PREFIX}ARGON2_PARALLELISM")
     if settings.public_url and urlsplit(settings.public_url).scheme not in {"http", "https"}:
         raise SettingsError(f"{PREFIX}PUBLIC_URL must start with http:// or https://")
+    _check_redis(settings.redis_url)
     _check_github(settings)
     return settings
 
@@ -153,6 +157,18 @@ def _check_github(settings: Settings) -> None:
     for name, url in (("GITHUB_URL", settings.github_url), ("GITHUB_API_URL", settings.github_api_url)):
         if not _is_base_url(url):
             raise SettingsError(f"{PREFIX}{name} must be like https://github.example, without a query")
+
+
+def _check_redis(url: str) -> None:
+    """SettingsError for what cannot be Redis's address; nothing of it is quoted: it may have a password."""
+    try:
+        parts = urlsplit(url)
+        sound = not url or (parts.scheme in {"redis", "rediss"} and bool(parts.hostname) and parts.port != 0)
+        sound = sound or (parts.scheme == "unix" and parts.path.startswith("/"))
+    except ValueError:
+        sound = False
+    if not sound:
+        raise SettingsError(f"{PREFIX}REDIS_URL must be like redis://host:6379/0, rediss://host:6379 or unix:///path")
 
 
 def _is_base_url(text: str) -> bool:

@@ -149,6 +149,13 @@ class EmailTaken(CapsuleError):
     status = 409
 
 
+class HostHasSandboxes(CapsuleError):
+    """Sandboxes live or rest on the host; `sandbox_ids` names them."""
+
+    code = "host_has_sandboxes"
+    status = 409
+
+
 class IdempotencyKeyReused(CapsuleError):
     """The Idempotency-Key was used within 24 hours for a different request."""
 
@@ -230,6 +237,13 @@ class DatabaseUnavailable(CapsuleError):
     """The database does not answer; try again."""
 
     code = "database_unavailable"
+    status = 503
+
+
+class TokensUnavailable(CapsuleError):
+    """The store of registration tokens (Redis) does not answer; try again."""
+
+    code = "tokens_unavailable"
     status = 503
 
 

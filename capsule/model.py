@@ -214,6 +214,7 @@ class HostView:
     availability_zone: str | None = None
     tags: tuple[str, ...] = ()
     last_heartbeat_at: datetime | None = None
+    cordoned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 pytest_plugins = [
     "tests.fixtures.postgres",
+    "tests.fixtures.redis",
     "tests.fixtures.clock",
     "tests.fixtures.fleet",
     "tests.fixtures.daemon_fleet",

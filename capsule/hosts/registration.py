@@ -1,7 +1,7 @@
 """How a machine becomes a host and stays one: one-time token, refresh, heartbeat.
 
-Each use-case is one transaction: a crash at any moment leaves the token unspent or the host registered, never
-half of either.
+Each step is one transaction: a crash at any moment leaves the token unspent or the host registered, never half of
+either.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -23,6 +24,7 @@ from capsule.db.queries import refresh_tokens as refresh_rows
 from capsule.hosts import tokens
 from capsule.hosts.addresses import parse_address
 from capsule.hosts.ca import fingerprint, requested_key
+from capsule.hosts.registration_tokens import store_of
 from capsule.hosts.rotation import exchange
 from capsule.model import HostCredentials, HostView
 
@@ -67,6 +69,7 @@ class HostEnrolment:
         forget: Callable[[UUID], None] = lambda _: None,
     ) -> None:
         self._db = db
+        self._registration_tokens = store_of(settings, db)
         self._authority = authority
         self._host_tokens = tokens.HostTokens(settings)
         self._refresh_tokens = tokens.RefreshTokens(settings)
@@ -81,50 +84,60 @@ class HostEnrolment:
         availability_zone: str | None = None,
         created_by: UUID | None = None,
     ) -> NewHost:
-        """A host that is `pending` until its agent registers with the token, within an hour."""
-        token = tokens.new_registration_token()
+        """A host that is `pending` until its agent has registered with the token, within an hour, and was reached.
 
-        async def insert(tx: Connection) -> HostRow:
-            row = await host_rows.insert(
-                tx, type=kind, team_id=team_id, provider=provider, availability_zone=availability_zone
-            )
-            await _insert_token(tx, row.id, token, created_by)
-            return row
-
+        A crash, or TokensUnavailable, leaves a host without a token: `new_token` makes one.
+        """
         with _translated():
-            return NewHost(host=view(await self._db.transaction(insert)), registration_token=token)
+            row = await self._db.transaction(
+                partial(
+                    host_rows.insert,
+                    type=kind,
+                    team_id=team_id,
+                    provider=provider,
+                    availability_zone=availability_zone,
+                )
+            )
+        return NewHost(host=view(row), registration_token=await self._keep_token(row.id, created_by))
 
     async def new_token(self, host: UUID, *, created_by: UUID | None = None) -> str:
-        """A fresh one-time token for a host; its older ones are void. NotFound when it is gone."""
-        token = tokens.new_registration_token()
-
-        async def insert(tx: Connection) -> None:
-            _alive(await host_rows.get(tx, host))
-            await _insert_token(tx, host, token, created_by)
-
+        """A fresh one-time token for a host; its older ones are void. NotFound when it is gone; TokensUnavailable."""
         with _translated():
-            await self._db.transaction(insert)
+            _alive(await self._db.run(host_rows.get, host))
+        return await self._keep_token(host, created_by)
+
+    async def _keep_token(self, host: UUID, created_by: UUID | None) -> str:
+        token = tokens.new_registration_token()
+        with _translated():
+            await self._registration_tokens.keep(host, tokens.digest(token), created_by=created_by)
         return token
 
     async def register(self, request: HostRegistration) -> HostCredentials:
-        """Spend a one-time token. Unauthorized when it is unknown, spent or expired; Conflict when the address is
-        another host's; InvalidRequest. A failure leaves the token unspent."""
+        """Spend a one-time token; the host is online when it was reached at its address, soon after.
+
+        Unauthorized when the token is unknown, spent or expired; Conflict when another host is at the address;
+        InvalidRequest; TokensUnavailable. A failure leaves the token unspent.
+        """
         if not tokens.is_well_formed(request.token, tokens.REGISTRATION_PREFIX):
             raise errors.Unauthorized(TOKEN_SPENT)
         address = parse_address(request.address)
         refresh_token = tokens.new_refresh_token()
+
+        async def use(tx: Connection, host: UUID) -> tuple[HostRow, str]:
+            return await self._register(tx, host, request, address, refresh_token)
+
         with _translated():
-            host, cert_pem = await self._db.transaction(self._register, request, address, refresh_token)
+            registered = await self._registration_tokens.spend(tokens.digest(request.token), use)
+        if registered is None:
+            raise errors.Unauthorized(TOKEN_SPENT)
+        host, cert_pem = registered
         self._forget(host.id)
         log.info("host_registered", host_id=str(host.id), address=host.address, epoch=host.credential_epoch)
         return self._credentials(host, refresh_token, cert_pem)
 
     async def _register(
-        self, tx: Connection, request: HostRegistration, address: HostAddress, refresh_token: str
+        self, tx: Connection, host_id: UUID, request: HostRegistration, address: HostAddress, refresh_token: str
     ) -> tuple[HostRow, str]:
-        host_id = await host_rows.take_registration_token(tx, tokens.digest(request.token))
-        if host_id is None:
-            raise errors.Unauthorized(TOKEN_SPENT)
         cert_pem = self._authority.issue_host_certificate(request.csr_pem, host_id, address.name)
         if await host_rows.holds_address(tx, address.text, other_than=host_id):
             raise errors.Conflict(ADDRESS_HELD)
@@ -197,16 +210,6 @@ class HostEnrolment:
         )
 
 
-async def _insert_token(tx: Connection, host: UUID, token: str, created_by: UUID | None) -> None:
-    await host_rows.insert_registration_token(
-        tx,
-        host_id=host,
-        sha256=tokens.digest(token),
-        expires_at=datetime.now(UTC) + tokens.REGISTRATION_LIFETIME,
-        created_by=created_by,
-    )
-
-
 async def _heard(tx: Connection, claims: tokens.HostClaims) -> None:
     row = _alive(await host_rows.heartbeat(tx, claims.host_id))
     if row.credential_epoch != claims.epoch:
@@ -248,6 +251,7 @@ def view(row: HostRow) -> HostView:
         availability_zone=row.availability_zone,
         tags=tuple(row.tags),
         last_heartbeat_at=row.last_heartbeat,
+        cordoned=row.cordoned,
     )
 
 

@@ -46,7 +46,11 @@ class Host(Struct, kw_only=True):
 
     id: str
     type: HostType
-    status: str
+    status: Annotated[
+        str,
+        Meta(description="`pending` until it joins, `online`, `unreachable`, or `draining` until it is uncordoned."),
+    ]
+    cordoned: Annotated[bool, Meta(description="It takes no new sandboxes.")]
     address: str | UnsetType = UNSET
     arch: str | UnsetType = UNSET
     cpu_cores: int | UnsetType = UNSET
@@ -65,6 +69,7 @@ class Host(Struct, kw_only=True):
             id=ids.host_id(view.id),
             type=view.type,
             status=view.status,
+            cordoned=view.cordoned,
             address=given(view.address),
             arch=given(view.arch),
             cpu_cores=given(view.cpu_cores),
@@ -120,6 +125,7 @@ def operations(service: HostService) -> list[Operation[Any, Any]]:
                 errors.Conflict,
                 errors.RateLimited,
                 errors.DatabaseUnavailable,
+                errors.TokensUnavailable,
             ),
         ),
         Operation(

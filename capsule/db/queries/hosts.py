@@ -134,6 +134,22 @@ async def take_registration_token(tx: Connection, sha256: bytes) -> UUID | None:
     return host_id
 
 
+async def note_spent_token(tx: Connection, host_id: UUID, sha256: bytes, *, expires_at: datetime) -> bool:
+    """Write down that a token kept elsewhere is spent; False when it was before, or the host is gone."""
+    token_id = await tx.fetchval(
+        """
+        insert into host_registration_tokens (host_id, sha256, expires_at, used_at)
+        select h.id, $2, $3, now() from hosts h where h.id = $1 and h.deleted_at is null
+        on conflict (sha256) do nothing
+        returning id
+        """,
+        host_id,
+        sha256,
+        expires_at,
+    )
+    return token_id is not None
+
+
 async def register(
     tx: Connection,
     host_id: UUID,
