@@ -34,6 +34,9 @@ from capsule.auth.sessions import SessionAuthenticator, SessionTokens
 from capsule.db.errors import DatabaseError, DatabaseUnavailable
 from capsule.db.migrate import migrate
 from capsule.db.pool import Database, open_database
+from capsule.fleet.joining import Joiner
+from capsule.fleet.removal import Remover
+from capsule.fleet.service import Fleet
 from capsule.gauges import FleetGauges
 from capsule.hosts.authority import load_authority
 from capsule.hosts.directory import Directory
@@ -144,15 +147,17 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
     )
     scheduler = Scheduler(fleet_reader(db, overcommit), strategy=STRATEGIES[settings.scheduler])
     operations = Operations()
-    monitor = Monitor(db, links, settings)
+    sandboxes = _sandboxes(settings, SandboxRows(db), links, scheduler, operations)
+    monitor = Monitor(db, links, settings, pause=sandboxes.pauser.pause_by_system)
+    enrolment = HostEnrolment(db, authority, settings, forget=_on_registration(links, monitor))
     registry = CollectorRegistry()
     FleetGauges(db, links, operations, monitor).register(registry)
-    sandboxes = _sandboxes(settings, SandboxRows(db), links, scheduler, operations)
     services = Services(
         authenticator=Authenticator(ApiKeyAuthenticator(db), SessionAuthenticator(db, SessionTokens(settings))),
         sandboxes=sandboxes,
         templates=_templates(sandboxes),
-        hosts=HostEnrolment(db, authority, settings, forget=_on_registration(links, monitor)),
+        hosts=enrolment,
+        fleet=_fleet(sandboxes, enrolment),
         people=_people(settings, db),
         ready=partial(_ready, db),
     )
@@ -200,6 +205,20 @@ def _templates(sandboxes: Sandboxes) -> Templates:
         rows=pauser.rows, links=pauser.links, operations=pauser.operations, pauser=pauser, settings=pauser.settings
     )
     return Templates(rows=pauser.rows, snapshots=snapshots)
+
+
+def _fleet(sandboxes: Sandboxes, enrolment: HostEnrolment) -> Fleet:
+    """Beside the sandboxes, with the same parts."""
+    destroyer = sandboxes.destroyer
+    return Fleet(
+        Joiner(db=destroyer.rows, tokens=enrolment, settings=destroyer.settings),
+        Remover(
+            rows=destroyer.rows,
+            operations=destroyer.operations,
+            end=destroyer.finish,
+            forget=destroyer.links.forget,
+        ),
+    )
 
 
 def _people(settings: Settings, db: Database) -> PeopleServices:

@@ -24,8 +24,9 @@ class Credential(Enum):
     HOST = "host"
 
 
-Where = Literal["own", "path", "any"]
-"""Whose role counts: in the credential's team, in the team that the path names, in any team."""
+Where = Literal["own", "path", "any", "host"]
+"""Whose role counts: in the credential's team, in the team that the path names, in any team, in the team whose host the
+path names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class Access:
     """The least role for what somebody else of the team made, and for audit rows of scope admin; None: `role` does."""
     barred: Role | None = None
     """Said by the use-case, which knows what to do instead: the owner does not leave."""
+    instead: frozenset[Permission] = frozenset()
+    """One of these does in place of `role`: on hosts that are no team's, and for members' reading on all."""
 
 
 _SESSION = frozenset({Credential.SESSION})
@@ -62,6 +65,10 @@ def _of_path(role: Role, barred: Role | None = None) -> Access:
 
 def _platform(permission: Permission) -> Access:
     return Access(credentials=_SESSION, permission=permission)
+
+
+def _of_host(role: Role, *instead: Permission) -> Access:
+    return Access(credentials=_SESSION, team="host", role=role, instead=frozenset(instead))
 
 
 ACCESS: Mapping[str, Access] = {
@@ -125,6 +132,23 @@ ACCESS: Mapping[str, Access] = {
         ),
         TEAM,
     ),
+    "listHosts": _of_host("member", "hosts", "directory"),
+    "getHost": _of_host("member", "hosts", "directory"),
+    **dict.fromkeys(
+        (
+            "createHost",
+            "deleteHost",
+            "previewHostDeletion",
+            "createHostToken",
+            "listHostTags",
+            "addHostTag",
+            "removeHostTag",
+            "cordonHost",
+            "uncordonHost",
+            "drainHost",
+        ),
+        _of_host("admin", "hosts"),
+    ),
     "registerHost": ANYBODY,
     "refreshHost": ANYBODY,
     "heartbeat": HOST,
@@ -154,6 +178,24 @@ def require(operation: str, role: Role | None) -> Role:
     if least is not None and not reaches(role, least):
         raise errors.Forbidden(f"this needs the role {least}; you are {role}")
     return role
+
+
+def require_on_host(operation: str, role: Role | None, permissions: frozenset[Permission], *, of_team: bool) -> None:
+    """Whether somebody with this role in the host's team, and these permissions, may: else NotFound for who may not
+    even look at it, Forbidden. `of_team` False: the host is a regular one, or its team was deleted."""
+    access = ACCESS[operation]
+    least = access.role
+    if least is not None and role is not None and reaches(role, least):
+        return
+    if access.instead & permissions and (not of_team or least == "member"):
+        return
+    if role is None and not ACCESS["getHost"].instead & permissions:
+        raise errors.NotFound("there is no such host, or it is not your team's")
+    if of_team:
+        raise errors.Forbidden(
+            f"this needs the role {least} in the host's team" + (f"; you are {role}" if role else "")
+        )
+    raise errors.Forbidden("regular hosts are for platform admins with the permission `hosts`")
 
 
 def reaches_all(operation: str, role: Role) -> bool:

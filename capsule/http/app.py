@@ -14,6 +14,7 @@ from capsule.http import (
     audit,
     execs,
     files,
+    fleet,
     hosts,
     lifecycle,
     oauth,
@@ -116,6 +117,7 @@ def resources(services: Services, spool: Spool) -> list[Operation[Any, Any]]:
         *files.operations(services.sandboxes, spool, unread),
         *snapshots.operations(services.templates),
         *hosts.operations(services.hosts),
+        *fleet.operations(services.fleet),
         *_people(services.people),
     ]
 

@@ -29,6 +29,7 @@ TEMPLATE_NAME = rf"^[a-zA-Z0-9][a-zA-Z0-9._-]{{0,63}}{END}"
 ENV_NAME = rf"^[A-Za-z_][A-Za-z0-9_]*{END}"
 USER_NAME = rf"^[A-Za-z0-9_][A-Za-z0-9_.-]{{0,63}}{END}"
 TAG = rf"^[A-Za-z_][A-Za-z0-9._-]{{0,63}}{END}"
+HOST_TAG = rf"^[a-zA-Z0-9][a-zA-Z0-9._:=-]{{0,63}}{END}"
 PROCESS = rf"^([1-9][0-9]{{0,9}}|[A-Za-z_][A-Za-z0-9._-]{{0,63}}){END}"
 SIGNAL_NUMBERS = {member.name: member.value for member in signal.Signals if member.value < 32}
 SIGNAL = rf"^([1-9]|[1-5][0-9]|6[0-4]|{'|'.join(sorted(SIGNAL_NUMBERS))}){END}"

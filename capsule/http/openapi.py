@@ -31,6 +31,7 @@ CHALLENGE = {"WWW-Authenticate": {"description": "What to send.", "schema": {"ty
 PATH_PARAMETERS: dict[str, dict[str, str]] = {
     "sandbox_id": {"pattern": ids.SANDBOX_FORM, "description": "`sb-` and a UUID, or its 32 hex digits alone."},
     "host_id": {"pattern": ids.HOST_FORM, "description": "`host-` and a UUID."},
+    "tag": {"pattern": fields.HOST_TAG, "description": "A tag of the host."},
     "key_id": {"pattern": ids.KEY_FORM, "description": "`key-` and a UUID."},
     "team_id": {"pattern": ids.TEAM_FORM, "description": "`team-` and a UUID."},
     "user_id": {"pattern": ids.USER_FORM, "description": "`usr-` and a UUID."},
@@ -192,7 +193,7 @@ def _refusals(access: Access) -> list[type[errors.CapsuleError]]:
         kinds.append(errors.NoTeam)
     if Credential.API_KEY not in access.credentials:
         kinds.append(errors.Forbidden)
-    if access.team == "path":
+    if access.team in {"path", "host"}:
         kinds.append(errors.NotFound)
     return kinds
 

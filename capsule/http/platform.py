@@ -18,6 +18,7 @@ from capsule.principals import Permission
 if TYPE_CHECKING:
     from quart_trio.wrappers import TrioResponse
 
+    from capsule.fleet.views import FleetHost
     from capsule.http.people_ports import PlatformService
     from capsule.model import Page, Position
     from capsule.people.views import AnyHostView, AnyTeamView, AnyUserView
@@ -92,8 +93,8 @@ class AnyHost(Host, kw_only=True):
     team_name: Annotated[str, Meta(description="Of the team whose own host it is.")] | UnsetType = UNSET
 
     @classmethod
-    def seen(cls, view: AnyHostView) -> AnyHost:
-        """As platform admins see it."""
+    def seen(cls, view: AnyHostView | FleetHost) -> AnyHost:
+        """As those see it who may."""
         return cls(**msgspec.structs.asdict(Host.of(view.host)), team_name=given(view.team_name))
 
 

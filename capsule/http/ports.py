@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
 
+from capsule.http.fleet_port import FleetService
 from capsule.http.people_ports import PeopleServices
 from capsule.model import (
     CreateSandbox,
@@ -181,4 +182,5 @@ class Services:
     templates: TemplateService
     hosts: HostService
     people: PeopleServices
+    fleet: FleetService
     ready: Readiness

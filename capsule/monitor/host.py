@@ -3,8 +3,8 @@ every few seconds anyway.
 
 Owns: the watch stream to its agent, the endings it asked for, the memory of strangers it saw. Owned by: the monitor's
 nursery. Takes: nothing; the agent's notices and the clock are its input. Emits: a host's coming online, changed rows,
-acknowledgements, destroys, removals of snapshots. Dies when: the monitor ends it (the host is gone or registered anew,
-or another control plane leads). It has nothing to lose.
+acknowledgements, destroys, removals of snapshots, pauses on a host that is drained. Dies when: the monitor ends it (the
+host is gone or registered anew, or another control plane leads). It has nothing to lose.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import audit, sandboxes, templates
 from capsule.hosts.answers import parse_answer
 from capsule.monitor.copies import CopyKeeper
+from capsule.monitor.drain import Drainer
 from capsule.monitor.news import News
 from capsule.monitor.proof import prove_address
 from capsule.monitor.reconcile import Change, DestroyAgain, Readdress, only_copy, plan, settled, strangers
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from capsule.db.pool import Database
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
+    from capsule.monitor.drain import Pause
 
 log = structlog.get_logger()
 
@@ -57,8 +59,10 @@ AFTER_A_BUG = RestartPolicy(first_delay=1.0, max_delay=60.0)
 class HostFollower:
     """See the module's docstring."""
 
-    def __init__(self, host: UUID, db: Database, links: HostLinks, *, epoch: int = 0) -> None:
-        """`epoch`: the registration of the host that we begin with."""
+    def __init__(
+        self, host: UUID, db: Database, links: HostLinks, *, epoch: int = 0, pause: Pause | None = None
+    ) -> None:
+        """`epoch`: the registration of the host that we begin with. `pause` None: it is not drained."""
         self._host = host
         self.epoch = epoch
         self._db = db
@@ -67,6 +71,7 @@ class HostFollower:
         self._kept: set[UUID] = set()
         self._ending: set[UUID] = set()
         self._copies = CopyKeeper(host, db, links)
+        self._drainer = None if pause is None else Drainer(host, db, pause)
         self.listed_at = trio.current_time()
         """When its last listing came; at first, when we began."""
 
@@ -135,6 +140,8 @@ class HostFollower:
                     self._end(row.id, "its row is stopping", endings)
         await self._end_strangers(strangers(rows, listing), {UUID(one) for one in listing.paused}, endings)
         await self._copies.compare(copies, listing, endings)
+        if self._drainer is not None:
+            await self._drainer.look(rows, endings)
         return await self._acknowledge(listing)
 
     async def _apply(self, step: Change) -> None:

@@ -18,7 +18,7 @@ from agent.actor.supervise import RestartPolicy, supervise
 from agent.wire.lifecycle import Status
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.led import LedDatabase
-from capsule.db.queries import audit, hosts, idempotency, rate_limits, sandboxes, sessions
+from capsule.db.queries import audit, fleet, hosts, idempotency, rate_limits, sandboxes, sessions
 from capsule.monitor.host import HostFollower
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from capsule.db.queries.hosts import HostRow
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
+    from capsule.monitor.drain import Pause
 
 log = structlog.get_logger()
 
@@ -54,10 +55,12 @@ BECOMES_MISSING = frozenset({Status.RUNNING, Status.PAUSING, Status.RESUMING})
 class Monitor:
     """See the module's docstring."""
 
-    def __init__(self, db: Database, links: HostLinks, settings: Settings) -> None:
+    def __init__(self, db: Database, links: HostLinks, settings: Settings, *, pause: Pause | None = None) -> None:
+        """`pause` puts what runs on a host that is drained to rest."""
         self._db = self._led = db
         self._links = links
         self._settings = settings
+        self._pause = pause
         self._followers: dict[UUID, tuple[trio.CancelScope, HostFollower]] = {}
         self._listens_since = 0.0
         self.leading = False
@@ -119,6 +122,9 @@ class Monitor:
                 await self._write(_sweep, host)
         for row in await self._led.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
             await self._write(_end_overdue, row)
+        for host_id in await self._led.run(fleet.removals_due, datetime.now(UTC)):
+            log.warning("host_removal_finished", host_id=str(host_id))
+            await self._write(fleet.finish_removal, host_id)
         for prune in (idempotency.prune, sessions.prune, rate_limits.prune):
             await self._write(prune)
 
@@ -137,7 +143,7 @@ class Monitor:
                 scope.cancel()
         for host, epoch in epochs.items():
             if host not in self._followers:
-                follower = HostFollower(host, self._led, self._links, epoch=epoch)
+                follower = HostFollower(host, self._led, self._links, epoch=epoch, pause=self._pause)
                 scope, _ = self._followers[host] = trio.CancelScope(), follower
                 nursery.start_soon(_run_in, scope, follower)
 

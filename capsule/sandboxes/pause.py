@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import structlog
 
@@ -19,24 +20,25 @@ from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.queries import sandboxes
 from capsule.hosts.answers import parse_answer
+from capsule.principals import Principal
 from capsule.sandboxes.asking import UNCERTAIN, look, persist
 from capsule.sandboxes.destroy import MAX_RACES
 from capsule.sandboxes.failures import as_error
 from capsule.sandboxes.rows import Trail, found, view, wrong_status
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from capsule.config import Settings
     from capsule.db.connection import Connection
     from capsule.db.queries.sandboxes import SandboxRow
     from capsule.hosts.links import HostLinks
     from capsule.model import SandboxView
-    from capsule.principals import Principal
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.rows import SandboxRows
 
 log = structlog.get_logger()
+
+NOBODY = UUID(int=0)
+"""In place of who asked, when that is the system itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +53,21 @@ class Pauser:
     async def pause(self, principal: Principal, sandbox: UUID) -> SandboxView:
         """Pause it and wait until it rests; nothing to do for one that does. Goes on when the caller goes away."""
         await self.rows.get(principal, sandbox)  # another team's joins nothing
-        work = partial(self._pause, principal, sandbox)
+        work = partial(self._pause, principal, sandbox, "requested")
         return view(await self.operations.finish(work, key=("pause", sandbox)))
 
-    async def _pause(self, principal: Principal, sandbox: UUID) -> SandboxRow:
+    async def pause_by_system(self, team: UUID, sandbox: UUID, reason: str) -> None:
+        """The same without anybody who asked."""
+        system = Principal(team_id=team, actor_type="system", actor_id=NOBODY, actor_name="monitor")
+        await self.operations.finish(partial(self._pause, system, sandbox, reason), key=("pause", sandbox))
+
+    async def _pause(self, principal: Principal, sandbox: UUID, reason: str) -> SandboxRow:
         for _ in range(MAX_RACES):
             row = await self.rows.transaction(begin, principal, sandbox, self.settings.pause_timeout)
             if row.status == Status.PAUSED:
                 return row
             with structlog.contextvars.bound_contextvars(sandbox_id=str(row.id), host_id=str(row.host_id)):
-                now = await self._finish(principal, row)
+                now = await self._finish(row, Trail(who=principal, action="pause", metadata={"reason": reason}))
             if now.status in {Status.PAUSED, Status.RESUMING}:
                 return now
             if now.status != Status.RUNNING:
@@ -68,10 +75,9 @@ class Pauser:
             # somebody else's try had failed, or the sandbox was resumed already
         raise errors.Busy("the sandbox's status keeps changing; try again", retry_after=1)
 
-    async def _finish(self, principal: Principal, row: SandboxRow) -> SandboxRow:
+    async def _finish(self, row: SandboxRow, trail: Trail) -> SandboxRow:
         """Take a row that is `pausing` on; the row as it is afterwards. Raises when it runs on."""
         assert row.host_id is not None  # noqa: S101 - it ran
-        trail = Trail(who=principal, action="pause", metadata={"reason": "requested"})
         try:
             await self._ask_host(row.host_id, row)
         except Fault as err:

@@ -137,7 +137,8 @@ async def _change_or_read(
     if changed is None:
         return found(await sandboxes.get_any(tx, row.id))
     if trail is not None:
-        await record(tx, trail.who, row.id, trail.action, "success", trail.metadata)
+        outcome: Outcome = "info" if trail.who.actor_type == "system" else "success"
+        await record(tx, trail.who, row.id, trail.action, outcome, trail.metadata)
     log.info("sandbox_status", sandbox_id=str(row.id), from_status=row.status, to_status=to_status)
     return changed
 
@@ -163,8 +164,8 @@ async def record(
     await audit.append(
         tx,
         team_id=who.team_id,
-        actor_type="api_key" if who.actor_type == "api_key" else "user",
-        actor_id=who.actor_id,
+        actor_type=who.actor_type,
+        actor_id=None if who.actor_type == "system" else who.actor_id,
         actor_name=who.actor_name,
         resource_type=kind,
         resource_id=f"{'sb' if kind == 'sandbox' else 'tpl'}-{resource}",

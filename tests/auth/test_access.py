@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 from capsule import errors
-from capsule.auth.access import ACCESS, Credential, admit, reaches, reaches_all, require
+from capsule.auth.access import ACCESS, Credential, admit, reaches, reaches_all, require, require_on_host
 from capsule.principals import PERMISSIONS, ROLES, Principal, Session, User
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +27,10 @@ OF_THE_NAMED_TEAM = {
     "member": {"getTeam", "listMembers", "leaveTeam"},
     "admin": {"renameTeam", "addMember", "changeRole", "removeMember"},
     "owner": {"deleteTeam"},
+}
+OF_ADMINS_OF_THE_HOST = {
+    *("createHost", "deleteHost", "previewHostDeletion", "createHostToken", "cordonHost", "uncordonHost", "drainHost"),
+    *("listHostTags", "addHostTag", "removeHostTag"),
 }
 OF_PLATFORM_ADMINS = {
     "setByoc": "byoc",
@@ -78,6 +82,10 @@ def test_the_table_says_what_the_contract_says():
     assert names(lambda access: access.others) == {"listApiKeys", "revokeApiKey", "listAuditLogs"}
     assert names(lambda access: access.barred) == {"leaveTeam"}
     assert ACCESS["leaveTeam"].barred == "owner"
+    assert {name: (access.role, access.instead) for name, access in ACCESS.items() if access.team == "host"} == {
+        **dict.fromkeys(("getHost", "listHosts"), ("member", {"hosts", "directory"})),
+        **dict.fromkeys(OF_ADMINS_OF_THE_HOST, ("admin", {"hosts"})),
+    }
     people = names(lambda access: access.credentials == {sessions} and access.team is None and not access.permission)
     assert people == OF_PEOPLE
 
@@ -124,6 +132,36 @@ def test_the_named_team():
         require("deleteTeam", "admin")
     assert require("deleteTeam", "owner") == "owner"
     assert require("getTeam", "member") == "member"
+
+
+NOBODY, READER, KEEPER = frozenset(), frozenset({"directory"}), frozenset({"hosts"})
+
+
+@pytest.mark.parametrize(
+    ("role", "permissions", "of_team", "looks", "changes"),
+    [
+        (None, NOBODY, True, errors.NotFound, errors.NotFound),
+        (None, NOBODY, False, errors.NotFound, errors.NotFound),
+        ("member", NOBODY, True, None, errors.Forbidden),
+        ("admin", NOBODY, True, None, None),
+        ("owner", KEEPER, True, None, None),
+        (None, READER, True, None, errors.Forbidden),
+        (None, READER, False, None, errors.Forbidden),
+        (None, KEEPER, True, None, errors.Forbidden),
+        (None, KEEPER, False, None, None),
+        (None, frozenset({"byoc", "templates"}), False, errors.NotFound, errors.NotFound),
+    ],
+)
+def test_a_host_is_its_teams_or_the_platforms(role, permissions, of_team, looks, changes):
+    """A team's own is its admins', whatever the platform's people may; a regular one, and one whose team is gone, is
+    theirs who have the permission. Who may not look is told of none."""
+    for operation in {"getHost", *OF_ADMINS_OF_THE_HOST}:
+        wanted = looks if operation == "getHost" else changes
+        if wanted is None:
+            require_on_host(operation, role, permissions, of_team=of_team)
+        else:
+            with pytest.raises(wanted):
+                require_on_host(operation, role, permissions, of_team=of_team)
 
 
 def test_the_docs_are_up_to_date():

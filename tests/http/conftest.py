@@ -82,7 +82,10 @@ def world(tmp_path, events):
     }
     registry = CollectorRegistry()
     app = create_app(
-        Services(**services, people=fakes.nobody()), registry=registry, version="1.2.3", spool_dir=tmp_path
+        Services(**services, people=fakes.nobody(), fleet=fakes.Nobody()),
+        registry=registry,
+        version="1.2.3",
+        spool_dir=tmp_path,
     )
     return World(**services, registry=registry, app=app, spool_dir=tmp_path)
 

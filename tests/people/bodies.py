@@ -52,6 +52,8 @@ BODIES = {
     "makeDirectory": _json(lambda _: {"path": "/a"}),
     "removeFile": _json(lambda _: {"path": "/a"}),
     "createSnapshot": _json(lambda s: {"sandbox_id": s.sandbox}),
+    "createHost": _json(lambda _: {"type": "regular"}),
+    "addHostTag": _json(lambda _: {"tag": "gpu"}),
     "registerHost": _json(
         lambda s: {
             "token": s.registration_token,

@@ -241,6 +241,8 @@ def _of_key(row, kind):
 
 def _of_session(row, name, kind):
     access = row.access
+    if access.team == "host":
+        return _of_host(row, kind)
     if access.permission is not None and not kind.permitted:
         return [(403, "forbidden")]
     if access.team == "any" and not kind.admin_somewhere:
@@ -256,6 +258,19 @@ def _of_session(row, name, kind):
             return [OWN_RULES[name, kind.role]]
         return _own(row, kind)
     return [OWN_RULES[name, kind.role]] if (name, kind.role) in OWN_RULES else _Allowed()
+
+
+def _of_host(row, kind):
+    """The host in the path is the team's own; one that is made is a regular one."""
+    if row.name == "createHost":
+        return _Allowed() if kind.permitted else [(403, "forbidden")]
+    if "{" not in row.path:
+        return _Allowed() if kind.permitted or kind.team is not None else [(403, "no_team")]
+    if kind.role is None and not kind.permitted:
+        return [(404, "not_found")]
+    reading = row.access.role == "member"
+    may = kind.permitted and reading if kind.role is None else reaches(kind.role, row.access.role)
+    return _Allowed() if may else [(403, "forbidden")]
 
 
 def _own(row, kind):

@@ -38,6 +38,7 @@ class Stage:
     template: str
     template_id: UUID
     host: UUID
+    own_host: UUID
     host_token: str
     registration_token: str
     refresh_token: str
@@ -49,7 +50,8 @@ class Stage:
             team_id=f"team-{self.team}",
             user_id=f"usr-{self.users['other_member']}",
             key_id=f"key-{self.key_ids['owner']}",
-            host_id=f"host-{self.host}",
+            host_id=f"host-{self.host if template.endswith('/heartbeat') else self.own_host}",
+            tag="zone-a",
             name=self.template,
             process="1",
             provider="github",
@@ -79,9 +81,10 @@ async def build(people, agent, host_token):
         await refresh_tokens.insert(
             tx, host_id=agent.host, family=uuid4(), sha256=digest(refresh), expires_at=datetime.now(UTC) + HOUR
         )
-        return made, team.id, others.id, texts, ids, template
+        own = await _own_host(tx, team.id)
+        return made, team.id, others.id, texts, ids, template, own
 
-    made, team, others, texts, ids, template = await people.world.db.transaction(make)
+    made, team, others, texts, ids, template, own = await people.world.db.transaction(make)
     joining = await people.enrolment.create_host()
     return Stage(
         users={who: row.id for who, row in made.items()},
@@ -94,10 +97,24 @@ async def build(people, agent, host_token):
         template=f"frozen-{tag}",
         template_id=template,
         host=agent.host,
+        own_host=own,
         host_token=host_token,
         registration_token=joining.registration_token,
         refresh_token=refresh,
     )
+
+
+async def _own_host(tx, team):
+    """A BYOC host of the team, tagged, that is online; nothing answers there."""
+    host = await tx.fetchval(
+        """insert into hosts (type, team_id, status, address, cert_fingerprint, arch, cpu_cores, memory_mb, disk_gb)
+           values ('byoc', $1, 'online', $2, $3, 'x86_64', 1, 1, 1) returning id""",
+        team,
+        f"{uuid4()}:7001",
+        uuid4().hex * 2,
+    )
+    await tx.execute("insert into host_tags (host_id, tag) values ($1, 'zone-a')", host)
+    return host
 
 
 async def _people(tx, tag):
