@@ -19,6 +19,7 @@ from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import idempotency, sandboxes
 from capsule.db.translated import NO_ANSWER
 from capsule.sandboxes.admission import NewSandbox, examine, insert, same_request, shape_of
+from capsule.sandboxes.elsewhere import Elsewhere
 from capsule.sandboxes.failures import as_error
 from capsule.sandboxes.rows import found, view
 from capsule.sandboxes.start import Origin, outcome
@@ -62,7 +63,9 @@ class Creator:
 
     async def _start(self, row: SandboxRow, request: CreateSandbox) -> SandboxRow:
         origin = Origin(snapshot=row.template_id, envs=request.envs)
-        return await self.starter.start(row, origin, seconds=self.settings.create_timeout)
+        elsewhere = Elsewhere(self.rows, self.starter.links, self.scheduler)
+        now = await self.starter.start(row, origin, seconds=self.settings.create_timeout, elsewhere=elsewhere.move)
+        return now if now.status != Status.STARTING else await self._await_outcome(row.id)
 
     async def _resume(self, sandbox: UUID, request: CreateSandbox) -> SandboxRow:
         """Finish what an earlier request with this key began: whoever works on it may have died with its process. The

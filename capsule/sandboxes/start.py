@@ -5,16 +5,17 @@ The host makes the same sandbox for the same id however often it is asked: whoev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 from uuid import UUID
 
 import structlog
+import trio
 
 from agent.wire import calls
-from agent.wire.faults import Fault
+from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.hosts.answers import parse_answer, storable_address
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from capsule.sandboxes.rows import SandboxRows
 
 log = structlog.get_logger()
+
+Move: TypeAlias = "Callable[[SandboxRow], Awaitable[SandboxRow | None]]"
+"""Gives a row another host."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +52,31 @@ class Starter:
     links: HostLinks
     settings: Settings
 
-    async def start(self, row: SandboxRow, origin: Origin, *, seconds: float) -> SandboxRow:
-        """Have the host make it; settle the row either way. Raises why it does not run."""
-        with structlog.contextvars.bound_contextvars(sandbox_id=str(row.id), host_id=str(row.host_id)):
-            return await self._start(row, origin, seconds)
+    async def start(
+        self, row: SandboxRow, origin: Origin, *, seconds: float, elsewhere: Move | None = None
+    ) -> SandboxRow:
+        """Have the host make it, or, when that has no room, the one that `elsewhere` finds; settle the row either way.
+        Raises why it does not run. The row may still be starting: somebody else has moved it, and works on it."""
+        deadline = trio.current_time() + seconds
+        while True:
+            with structlog.contextvars.bound_contextvars(sandbox_id=str(row.id), host_id=str(row.host_id)):
+                result = await self._start(row, origin, deadline - trio.current_time())
+                if not isinstance(result, Fault):
+                    return result
+                full = result.code == FaultCode.NO_CAPACITY and trio.current_time() < deadline
+                moved = await elsewhere(row) if full and elsewhere is not None else None
+                if moved is None:
+                    return await self._failed(row, result)
+            row = moved
 
-    async def _start(self, row: SandboxRow, origin: Origin, seconds: float) -> SandboxRow:
+    async def _start(self, row: SandboxRow, origin: Origin, seconds: float) -> SandboxRow | Fault:
         try:
             state = await self._ask_host(row, origin, seconds)
-        except Fault as err:
-            fault = err
-        else:
-            return outcome(await self.rows.settle(row, Status.RUNNING, host_ip=storable_address(state.host_ip)))
+        except Fault as fault:
+            return fault
+        return outcome(await self.rows.settle(row, Status.RUNNING, host_ip=storable_address(state.host_ip)))
+
+    async def _failed(self, row: SandboxRow, fault: Fault) -> SandboxRow:
         error = as_error(fault)
         log.warning("sandbox_not_started", code=fault.code, message=fault.message)
         now = await self.rows.settle(row, Status.ERROR, reason=error.message)

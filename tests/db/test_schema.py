@@ -122,6 +122,34 @@ async def test_host_deadline_and_address_fit_the_status(db: Database, sandbox: M
     assert await _refused(db, "update sandboxes set metadata = '[]'") == "sandboxes_metadata_object"
 
 
+async def test_only_a_sandbox_that_starts_goes_to_another_host(
+    db: Database, sandbox: MakeSandbox, host: UUID, soon: datetime
+):
+    """With a generation of its own, by compare-and-set; asked once more it is done already. Later its host is fixed."""
+    other = await db.transaction(lambda tx: tx.fetchval("insert into hosts (type) values ('regular') returning id"))
+    row = await db.transaction(_move, await sandbox(), "starting", host, soon)
+    quiet = "update sandboxes set host_id = $2 where id = $1"
+    assert await _refused(db, quiet, row.id, other) == "sandboxes_identity"
+    assert await db.transaction(sandboxes.move, row.id, row.generation - 1, other) is None
+    moved = await db.transaction(sandboxes.move, row.id, row.generation, other)
+    assert moved is not None
+    assert (moved.host_id, moved.generation, moved.status) == (other, row.generation + 1, "starting")
+    assert moved.transition_deadline == row.transition_deadline
+    assert await db.transaction(sandboxes.move, row.id, row.generation, other) == moved
+    assert await db.transaction(sandboxes.move, row.id, row.generation, host) is None
+    same = "update sandboxes set generation = generation + 1 where id = $1"
+    assert await _refused(db, same, row.id) == "sandboxes_generation"
+    running = await db.transaction(_move, moved, "running", other, soon)
+    assert await db.transaction(sandboxes.move, row.id, running.generation, host) is None
+    with_it = "update sandboxes set host_id = $2, generation = generation + 1 where id = $1"
+    assert await _refused(db, with_it, row.id, host) == "sandboxes_generation"
+    stopping = (
+        "update sandboxes set host_id = $2, generation = generation + 1, status = 'stopping', transition_deadline = $3 "
+        "where id = $1"
+    )
+    assert await _refused(db, stopping, row.id, host, soon) == "sandboxes_identity"
+
+
 async def test_a_host_with_sandboxes_cannot_be_deleted(db: Database, sandbox: MakeSandbox, host: UUID, soon: datetime):
     """Not while one lives or rests there; afterwards yes, and the finished rows keep its name. None is started on a
     deleted host."""

@@ -184,6 +184,26 @@ async def change_status(
     return one(SandboxRow, record)
 
 
+async def move(tx: Connection, sandbox_id: UUID, generation: int, host_id: UUID) -> SandboxRow | None:
+    """A row that is starting goes to another host, within its deadline: compare-and-set, and the same when it is done
+    once more. None when the row has changed otherwise. ConstraintViolated("sandboxes_live_host")."""
+    record = await tx.fetchrow(
+        f"""
+        update sandboxes set host_id = $3, generation = generation + 1, last_updated = clock_timestamp()
+        where id = $1 and status = 'starting' and generation = $2
+        returning {_COLUMNS}
+        """,
+        sandbox_id,
+        generation,
+        host_id,
+    )
+    if record is not None:
+        return only(SandboxRow, record)
+    now = await get_any(tx, sandbox_id)
+    done = now is not None and (now.status, now.generation, now.host_id) == ("starting", generation + 1, host_id)
+    return now if done else None
+
+
 async def correct_address(tx: Connection, sandbox_id: UUID, generation: int, host_ip: str) -> None:
     """It runs under another address than was written down; nothing when the row has changed since."""
     await tx.execute(
