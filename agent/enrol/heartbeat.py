@@ -19,7 +19,7 @@ import trio
 from agent.actor.supervise import RestartPolicy
 from agent.enrol.errors import ControlPlaneRefused, ControlPlaneUnreachable, CredentialsInvalid
 from agent.enrol.identity import check_identity
-from agent.enrol.presence import Presence, PresenceCell
+from agent.enrol.presence import GONE, Presence, PresenceCell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,6 +37,7 @@ MISSES_ALLOWED = 3
 """Intervals without an answer after which the control plane counts as lost; it then counts us as lost, too."""
 
 BEAT_BACKOFF = RestartPolicy(first_delay=1.0, max_delay=INTERVAL)
+"""Before the loss a third of the interval at most: a control plane that is back in time should be noticed in time."""
 RENEW_BACKOFF = RestartPolicy(first_delay=1.0, max_delay=60.0)
 
 RENEW_PAUSE = 30.0
@@ -98,7 +99,8 @@ class Heartbeat:
                 await trio.sleep_until(begun + self._interval)
             else:
                 failures += 1
-                with trio.move_on_after(min(self._interval, self._spread(BEAT_BACKOFF.delay(failures)))):
+                longest = self._interval if self.presence.value.state in GONE else self._interval / 3
+                with trio.move_on_after(min(longest, self._spread(BEAT_BACKOFF.delay(failures)))):
                     await self._adopted.wait()
 
     async def _beat_once(self) -> bool:
@@ -212,7 +214,7 @@ class Heartbeat:
             log.info("control_plane_online", url=self._control_plane.url)
             return
         log.error("control_plane_gone", state=state, reason=reason)
-        if before not in {"lost", "refused"}:
+        if before not in GONE:
             self._on_lost()
 
     def _spread(self, delay: float) -> float:

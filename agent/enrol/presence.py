@@ -9,6 +9,9 @@ import trio
 
 State = Literal["starting", "online", "lost", "refused"]
 
+GONE: tuple[State, ...] = ("lost", "refused")
+"""The states of a host without a control plane."""
+
 
 @dataclass(frozen=True, slots=True)
 class Presence:

@@ -16,6 +16,7 @@ import structlog
 import trio
 
 from agent.actor.supervise import RestartPolicy
+from agent.enrol.presence import GONE
 from agent.sandboxes.commands import Unasked
 from agent.wire.faults import Fault
 from agent.wire.lifecycle import Status
@@ -52,7 +53,7 @@ class Loss:
     async def run(self) -> None:
         """Wait for a loss, pause everything until it is over, and so on; returns when the host drains."""
         while True:
-            loss = await self._presence.wait_for("lost", "refused")
+            loss = await self._presence.wait_for(*GONE)
             log.error("pausing_everything", state=loss.state, reason=loss.reason)
             draining = False
             async with trio.open_nursery() as nursery:
@@ -64,7 +65,7 @@ class Loss:
             log.info("pausing_ended", running=self._manager.statistics().get(Status.RUNNING, 0))
 
     def _is_lost(self) -> bool:
-        return self._presence.value.state in {"lost", "refused"}
+        return self._presence.value.state in GONE
 
     async def _stop_when_back(self, scope: trio.CancelScope) -> None:
         await self._presence.wait_for("online")

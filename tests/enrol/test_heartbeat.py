@@ -133,8 +133,8 @@ async def test_a_silent_control_plane_is_lost_after_three_intervals_and_not_befo
     await trio.sleep_until(LOSS + 600)
     assert world.lost == [LOSS]
     gaps = [b - a for a, b in zip(world.beat_times()[1:], world.beat_times()[2:], strict=False)]
-    assert gaps[:6] == [1, 2, 4, 8, 16, 30]
-    assert set(gaps[5:]) == {30}
+    assert gaps[:9] == [1, 2, 4, 8, 10, 10, 10, 10, 10]  # eager until it is lost
+    assert set(gaps[9:]) == {30}
     assert world.control_plane.refreshes == []
 
     world.control_plane.beat_error = None
@@ -197,7 +197,7 @@ async def test_refused_and_refresh_refused_is_told_at_once(world, autojump_clock
 
 
 async def test_a_host_that_was_registered_anew_meanwhile_goes_on_without_a_restart(world, autojump_clock):
-    """The operator ran `join` beside the running agent: the file has credentials that are good."""
+    """Somebody put credentials that are good into the file: no restart is needed."""
     heartbeat = await world.start()
     world.control_plane.good_tokens = {"token-9"}
     world.control_plane.refresh_error = NO
@@ -293,3 +293,28 @@ async def test_a_slow_reader_of_presence_sees_the_latest(world, autojump_clock):
     with pytest.raises(trio.TooSlowError):
         with trio.fail_after(1):
             await heartbeat.presence.wait_for("refused")
+
+
+async def test_the_first_refusal_after_a_partition_wakes_the_renewal(world, autojump_clock):
+    """A renewal that was waiting between two tries over a dead network goes on as soon as the token is refused."""
+    heartbeat = await world.start()
+    await trio.sleep_until(LIFETIME / 2 - 40)
+    world.control_plane.refresh_error = world.control_plane.beat_error = AWAY
+    await trio.sleep_until(LIFETIME / 2 + 1000)
+    last = world.control_plane.refreshes[-1][0]
+    await trio.sleep_until(last + 61)  # just tried, and not due for another minute
+    world.control_plane.refresh_error = world.control_plane.beat_error = None
+    world.control_plane.good_tokens = {"token-1"}
+    back = trio.current_time()
+    await heartbeat.presence.wait_for("online")
+    assert trio.current_time() <= back + INTERVAL
+
+
+async def test_a_proxy_that_knows_no_such_page_is_no_refusal(world, autojump_clock):
+    """A 404 without an error of ours is a misconfigured way to the control plane: three intervals, and no refresh."""
+    heartbeat = await world.start()
+    await heartbeat.presence.wait_for("online")
+    world.control_plane.beat_error = ControlPlaneRefused(404, "unknown", "no reason given")
+    lost = await heartbeat.presence.wait_for("lost", "refused")
+    assert (lost.state, lost.since) == ("lost", LOSS)
+    assert world.control_plane.refreshes == []

@@ -25,6 +25,8 @@ from agent import daemon
 from agent.actor.peer import OpenerPeer
 from agent.actor.tls import connect_tls
 from agent.config import Settings
+from agent.enrol.errors import AlreadyRegistered, AnotherHost
+from agent.enrol.joining import Joining
 from agent.enrol.registration import ControlPlane
 from agent.sandboxes.adoption import StateDirectoryInUse
 from agent.wire.faults import Fault, FaultCode
@@ -50,6 +52,9 @@ class Fleet:
         self.host = host
         self.authority = authority
         self.requests = []
+        self.addresses = []
+        self.away = False
+        self.host_id = HOST_ID
         self.locks = []
         with socket.socket() as probe:
             probe.bind((LOOPBACK, 0))
@@ -78,29 +83,32 @@ class Fleet:
         return self.host.new_agent().parts
 
     def answer(self, request):
+        if self.away:
+            raise httpx.ConnectError("away")
         self.requests.append(request.url.path)
         if not request.url.path.endswith("/register"):
             return httpx.Response(204)
+        self.addresses.append(json.loads(request.content)["address"])
         address = x509.IPAddress(ip_address(LOOPBACK))
-        certificate = self.authority.issue_host_certificate(_csr(request), HOST_ID, address)
-        body = {"host": {"id": f"host-{HOST_ID}"}, "token": "a.b.c", "refresh_token": "r"}
+        certificate = self.authority.issue_host_certificate(_csr(request), self.host_id, address)
+        body = {"host": {"id": f"host-{self.host_id}"}, "token": "a.b.c", "refresh_token": "r"}
         return httpx.Response(200, json=body | {"cert_pem": certificate, "ca_cert_pem": self.authority.cert_pem})
 
     @asynccontextmanager
-    async def daemon(self, **changes):
+    async def daemon(self, *joining, **changes):
         """Run the daemon; at the end it gets SIGTERM and must end by itself."""
         with trio.fail_after(90):
             async with trio.open_nursery() as nursery:
                 ended = trio.Event()
-                nursery.start_soon(self._serve, self.settings(**changes), ended)
+                nursery.start_soon(self._serve, self.settings(**changes), ended, *joining)
                 yield ended
                 if not ended.is_set():
                     os.kill(os.getpid(), signal.SIGTERM)
                 await ended.wait()
 
-    async def _serve(self, settings, ended):
+    async def _serve(self, settings, ended, *joining):
         try:
-            await daemon.serve(settings)
+            await daemon.serve(settings, *joining)
         finally:
             signal.alarm(0)
             while self.locks:
@@ -151,6 +159,107 @@ async def test_from_registration_to_adoption(fleet):
     assert fleet.host.running() == set()
     assert fleet.host.directories() == set()
     assert fleet.requests.count("/v1/hosts/register") == 1
+
+
+async def test_join(fleet):
+    """Registers with the address on the route to the control plane (loopback, here), tells it, and serves; once is
+    enough; with force its sandboxes stay, unless the token is another host's."""
+    told = []
+    url = f"http://{LOOPBACK}:8080"
+    async with fleet.daemon(Joining(tell=told.append), url=url), fleet.connection() as control_plane:
+        await control_plane.call("sandbox.create", create_body(ONE), timeout=20)
+    assert [credentials.host_id for credentials in told] == [f"host-{HOST_ID}"]
+    assert fleet.addresses == [f"{LOOPBACK}:{fleet.port}"]
+
+    await refused(fleet, Joining(), AlreadyRegistered, url=url)
+    assert len(fleet.addresses) == 1
+    fleet.host_id = UUID(int=8)
+    await refused(fleet, Joining(force=True), AnotherHost, url=url)
+    fleet.host_id = HOST_ID
+    async with fleet.daemon(Joining(force=True), url=url), fleet.connection() as control_plane:
+        listing = await control_plane.call("host.list", {}, timeout=20)
+        assert [(one["sandbox_id"], one["status"]) for one in listing["sandboxes"]] == [(ONE, "running")]
+        await control_plane.call("sandbox.destroy", {"sandbox_id": ONE}, timeout=20)
+    fleet.host_id = UUID(int=8)  # nothing lives here any more: it may become any host
+    async with fleet.daemon(Joining(force=True), url=url), fleet.connection():
+        assert told[-1].host_id == f"host-{HOST_ID}"
+
+
+async def refused(fleet, joining, error, **changes):
+    with pytest.raises(ExceptionGroup) as caught:
+        await daemon.serve(fleet.settings(**changes), joining)
+    assert caught.group_contains(error)
+    os.close(fleet.locks.pop())
+
+
+async def test_join_without_serving(fleet):
+    """It ends by itself; the next start serves as that host, where it joined, with no setting but its directories."""
+    told = []
+    url = f"http://{LOOPBACK}:8080"
+    with trio.fail_after(30):
+        await daemon.serve(fleet.settings(url=url), Joining(serve=False, tell=told.append))
+    os.close(fleet.locks.pop())
+    signal.alarm(0)
+    assert "/heartbeat" not in "".join(fleet.requests)
+    async with fleet.daemon(token="", url=""), fleet.connection() as control_plane:
+        assert await control_plane.call("host.list", {}, timeout=20) == {}
+    assert fleet.requests.count("/v1/hosts/register") == 1
+
+
+async def test_join_beside_a_running_agent(fleet):
+    """Refused before the token is spent."""
+    async with fleet.daemon(), fleet.connection():
+        with pytest.raises(StateDirectoryInUse, match="another agent serves"):
+            await daemon.serve(fleet.settings(), Joining(force=True))
+        assert fleet.requests.count("/v1/hosts/register") == 1
+
+
+async def test_an_address_that_went_away(fleet, authority):
+    """A machine whose address changed says what to do, instead of listening where nobody dials."""
+    url = f"http://{LOOPBACK}:8080"
+    await daemon.serve(fleet.settings(url=url), Joining(serve=False))
+    os.close(fleet.locks.pop())
+    file = fleet.host.state.root / daemon.CREDENTIALS_FILE
+    stored = json.loads(file.read_bytes())
+    file.write_text(json.dumps(stored | {"address": "192.0.2.7:7443"}))
+    await refused(fleet, None, daemon.CannotListen)
+    async with fleet.daemon(bind_host="0.0.0.0"), fleet.connection():  # what is configured counts
+        pass
+
+
+async def test_beats_before_it_serves(fleet, monkeypatch):
+    """A start that takes its time (many VMs to adopt) does not cost the host its place."""
+    release = trio.Event()
+    adopt = daemon.adopt_all
+
+    async def slowly(parts):
+        await release.wait()
+        return await adopt(parts)
+
+    monkeypatch.setattr(daemon, "adopt_all", slowly)
+    async with fleet.daemon(heartbeat_interval=0.1):
+        while sum(path.endswith("/heartbeat") for path in fleet.requests) < 3:
+            await trio.sleep(0.01)  # a level, bounded by `daemon`
+        release.set()
+
+
+@pytest.mark.parametrize("pause_on_loss", [True, False])
+async def test_the_control_plane_is_lost(fleet, pause_on_loss):
+    """Three intervals after its last answer everything rests, if that is wanted; the wire is still obeyed."""
+    async with (
+        fleet.daemon(heartbeat_interval=0.2, pause_on_loss=pause_on_loss),
+        fleet.connection() as control_plane,
+    ):
+        await control_plane.call("sandbox.create", create_body(ONE), timeout=20)
+        fleet.away = True
+        for _ in range(200 if pause_on_loss else 20):
+            listing = await control_plane.call("host.list", {}, timeout=20)
+            if listing.get("paused"):
+                break
+            await trio.sleep(0.05)  # a level
+        assert listing.get("paused", []) == ([ONE] if pause_on_loss else [])
+        told = [(entry["event"], entry["reason"]) for entry in listing.get("outbox", [])]
+        assert told == ([("auto_paused", "its control plane was lost")] if pause_on_loss else [])
 
 
 async def test_a_stop_in_the_middle_of_a_build(fleet):
