@@ -214,9 +214,9 @@ def _fleet(sandboxes: Sandboxes, enrolment: HostEnrolment) -> Fleet:
         Joiner(db=destroyer.rows, tokens=enrolment, settings=destroyer.settings),
         Remover(
             rows=destroyer.rows,
+            links=destroyer.links,
             operations=destroyer.operations,
             end=destroyer.finish,
-            forget=destroyer.links.forget,
         ),
     )
 

@@ -16,6 +16,7 @@ from uuid import UUID
 import structlog
 import trio
 
+from agent.wire.faults import Fault
 from capsule import errors
 from capsule.db.queries import fleet, sandboxes
 from capsule.fleet.acting import act_on
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from capsule.db.connection import Connection
     from capsule.db.queries.sandboxes import SandboxRow
+    from capsule.hosts.links import HostLinks
     from capsule.principals import User
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.rows import SandboxRows
@@ -35,6 +37,7 @@ PATIENCE = 30.0
 """Seconds that the agent gets to end what is there."""
 MARGIN = 15.0
 """More, before somebody else finishes the removal: the one who began it is at it, if it lives."""
+REACH_TIMEOUT = 5.0
 AT_ONCE = 8
 """Sandboxes that are being ended at the same time."""
 ANSWERING = frozenset({"online", "draining"})
@@ -43,39 +46,46 @@ ANSWERING = frozenset({"online", "draining"})
 
 @dataclass(frozen=True, kw_only=True)
 class Remover:
-    """Deletes hosts. `end` tells a host to end a sandbox, and settles its `stopping` row: HostUnavailable."""
+    """Deletes hosts."""
 
     rows: SandboxRows
+    links: HostLinks
     operations: Operations
     end: Callable[[SandboxRow], Awaitable[None]]
-    forget: Callable[[UUID], None]
+    """Tells a host to end a sandbox, and settles its `stopping` row. Raises CapsuleError."""
 
     async def delete(self, user: User, host: UUID, *, force: bool) -> None:
         """See `capsule.http.fleet_port.FleetService`."""
         begun = await self.rows.transaction(_begin, user, host, force)
         if begun is not None:
             await self.operations.finish(partial(self._finish, host, begun), key=("host.remove", host))
-        self.forget(host)
+        self.links.forget(host)
         log.info("host_deleted", host_id=str(host), forced=force)
 
     async def _finish(self, host: UUID, rows: list[SandboxRow]) -> None:
         with trio.move_on_after(PATIENCE):
-            await self._end_all(rows)
+            if rows and await self._answers(host):
+                await self._end_all(rows)
         await self.rows.patiently(fleet.finish_removal, host)
 
+    async def _answers(self, host: UUID) -> bool:
+        try:
+            await self.links.reach(host, timeout=REACH_TIMEOUT)
+        except Fault as fault:
+            log.info("host_not_asked", host_id=str(host), code=fault.code, message=fault.message)
+            return False
+        return True
+
     async def _end_all(self, rows: list[SandboxRow]) -> None:
-        """A few at once; nothing more is asked of a host that does not answer."""
         limit = trio.Semaphore(AT_ONCE)
         async with trio.open_nursery() as nursery:
             for row in rows:
                 await limit.acquire()
-                nursery.start_soon(self._end, row, limit, nursery.cancel_scope)
+                nursery.start_soon(self._end, row, limit)
 
-    async def _end(self, row: SandboxRow, limit: trio.Semaphore, all_of_them: trio.CancelScope) -> None:
+    async def _end(self, row: SandboxRow, limit: trio.Semaphore) -> None:
         try:
             await self.end(row)
-        except errors.HostUnavailable:
-            all_of_them.cancel()
         except errors.CapsuleError as err:
             log.warning("sandbox_not_ended", sandbox_id=str(row.id), code=err.code, message=err.message)
         finally:

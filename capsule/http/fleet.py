@@ -59,7 +59,13 @@ def _hosts(handlers: FleetHandlers) -> list[Operation[Any, Any]]:
             body=CreateHostBody,
             idempotent=True,
             successes=(Success(status=201, description="The host and its token.", body=CreatedHost),),
-            errors=(errors.NoTeam, errors.QuotaExceeded, errors.Conflict, errors.IdempotencyKeyReused),
+            errors=(
+                errors.NoTeam,
+                errors.QuotaExceeded,
+                errors.Conflict,
+                errors.IdempotencyKeyReused,
+                errors.TokensUnavailable,
+            ),
         ),
         Operation(
             name="listHosts",
@@ -115,6 +121,7 @@ def _hosts(handlers: FleetHandlers) -> list[Operation[Any, Any]]:
             "so there is never more than one, however often this is sent; an Idempotency-Key changes nothing.",
             tag=TAG,
             successes=(Success(status=201, description="The token.", body=HostToken),),
+            errors=(errors.TokensUnavailable,),
         ),
     ]
 
