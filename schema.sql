@@ -201,6 +201,9 @@ create table hosts (
   -- The registration whose address is proven: the agent with the pinned certificate was reached there.
   proven_epoch       integer not null default 0,
   credentials_revoked_at  timestamptz,                              -- stolen ones ended; until it registers anew
+  -- Of before the last renewal: also pinned, since the answer with the new one may have been lost.
+  earlier_cert_fingerprint  text
+                     constraint hosts_earlier_cert_fingerprint_form check (earlier_cert_fingerprint ~ '^[0-9a-f]{64}$'),
   constraint hosts_byoc_has_team check ((type = 'byoc') = (team_id is not null)),
   constraint hosts_registered check (
     status = 'pending'

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One agent. `fingerprint`: hex SHA-256 of its certificate; `epoch`: which registration of the host it is of."""
+    """One agent. `fingerprint`: hex SHA-256 of its certificate; `epoch`: which registration of the host it is of;
+    `earlier`: fingerprint of the certificate before the last renewal, which it has until the answer reaches it."""
 
     address: str
     fingerprint: str
     epoch: int
+    earlier: str | None = None
 
 
 class Directory:
@@ -45,4 +47,4 @@ class Directory:
 def _endpoint(row: rows.HostRow) -> Endpoint | None:
     if row.address is None or row.cert_fingerprint is None or row.credentials_revoked_at is not None:
         return None
-    return Endpoint(row.address, row.cert_fingerprint, row.credential_epoch)
+    return Endpoint(row.address, row.cert_fingerprint, row.credential_epoch, row.earlier_cert_fingerprint)

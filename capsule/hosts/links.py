@@ -164,7 +164,7 @@ class HostLinks:
 
 
 def tls_dial(contexts: ClientContexts) -> Dial:
-    """Mutual TLS, pinned to the certificate on the host's row."""
+    """Mutual TLS, pinned to the certificates on the host's row."""
     return partial(_dial_tls, contexts)
 
 
@@ -175,12 +175,10 @@ async def _dial_tls(contexts: ClientContexts, endpoint: Endpoint) -> trio.abc.St
     except (trio.BrokenResourceError, OSError, ValueError) as err:
         raise Unreachable(f"{endpoint.address}: {err}") from err
     try:
-        check_pin(stream.peer_certificate(), endpoint.fingerprint)
+        check_pin(stream.peer_certificate(), endpoint.fingerprint, endpoint.earlier)
     except PinMismatch as err:
         await trio.aclose_forcefully(stream)
-        raise Unreachable(
-            f"{endpoint.address} is another machine, or its new certificate is on its way: {err}"
-        ) from err
+        raise Unreachable(f"{endpoint.address} is another machine: {err}") from err
     return stream
 
 

@@ -181,15 +181,15 @@ class HostEnrolment:
         self, tx: Connection, refresh_token: str, following: str, csr_pem: str | None
     ) -> tuple[HostRow, str] | None:
         """None: refused. Returned, not raised: what a theft changes must be committed."""
-        row = await exchange(tx, refresh_token, following)
-        host = None if row is None else await host_rows.get(tx, row.host_id)
-        if host is None:
+        exchanged = await exchange(tx, refresh_token, following)
+        host = None if exchanged is None else await host_rows.get(tx, exchanged.row.host_id)
+        if exchanged is None or host is None:
             return None
         if csr_pem is None or host.address is None:
             return host, ""
         address = parse_address(host.address)
         cert_pem = self._authority.issue_host_certificate(csr_pem, host.id, address.name)
-        await host_rows.pin_certificate(tx, host.id, fingerprint(cert_pem))
+        await host_rows.pin_certificate(tx, host.id, fingerprint(cert_pem), again=exchanged.again)
         return host, cert_pem
 
     async def heartbeat(self, host: UUID, token: str) -> None:

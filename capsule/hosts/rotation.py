@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,23 @@ log = structlog.get_logger()
 REASON = "a refresh token was used twice: somebody has a copy of this host's credentials"
 
 
-async def exchange(tx: Connection, token: str, following: str) -> RefreshTokenRow | None:
-    """Spend `token` for `following`; the row of the latter. None: refused, and `tx` must be committed all the same."""
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """`row`: of the following token. `again`: the same one as before, whose answer was lost."""
+
+    row: RefreshTokenRow
+    again: bool
+
+
+async def exchange(tx: Connection, token: str, following: str) -> Exchange | None:
+    """Spend `token` for `following`. None: refused, and `tx` must be committed all the same."""
     spent, next_one = digest(token), digest(following)
     expires_at = datetime.now(UTC) + REFRESH_LIFETIME
     row = await rows.rotate(tx, sha256=spent, new_sha256=next_one, expires_at=expires_at)
-    return row or await _answered_before(tx, spent, next_one)
+    if row is not None:
+        return Exchange(row, again=False)
+    answered = await _answered_before(tx, spent, next_one)
+    return None if answered is None else Exchange(answered, again=True)
 
 
 async def _answered_before(tx: Connection, spent: bytes, following: bytes) -> RefreshTokenRow | None:

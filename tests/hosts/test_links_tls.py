@@ -66,6 +66,8 @@ class Agent:
     async def start(self, nursery):
         async def serve(stream):
             async def answer(method, body, _):
+                if method == "slow":
+                    await trio.sleep(body["seconds"])
                 await trio.lowlevel.checkpoint()
                 return {"method": method, "host": str(self.host), **body}
 
@@ -75,8 +77,9 @@ class Agent:
         self.port = await nursery.start(start)
         return self
 
-    def endpoint(self, *, pinned=None):
-        return Endpoint(f"127.0.0.1:{self.port}", fingerprint(pinned or self.credentials.cert_pem), 1)
+    def endpoint(self, *, pinned=None, earlier=None):
+        earlier = None if earlier is None else fingerprint(earlier)
+        return Endpoint(f"127.0.0.1:{self.port}", fingerprint(pinned or self.credentials.cert_pem), 1, earlier)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,63 @@ async def test_a_row_ahead_of_its_agent_is_waited_for(authority, directory, link
                 await trio.sleep(0.01)
             install_certificate(agent.context, renewed)
     assert len(answers) == 1
+
+
+@pytest.fixture
+def quick_looks(monkeypatch):
+    """Links look at their host's row twenty times a second."""
+    monkeypatch.setattr("capsule.hosts.links.CHECK_INTERVAL", 0.05)
+
+
+async def test_a_renewal_drops_no_request(quick_looks, authority, directory, links, nursery):
+    """Three renewals under a stream of calls, short ones and ones that outlast a connection: the row is ahead of the
+    agent for longer than a link to it lives, and one answer is lost. Every call succeeds, no dial fails."""
+    agent = await Agent(authority).start(nursery)
+    directory.rows[agent.host] = agent.endpoint()
+    answers = {"echo": 0, "slow": 0}
+    connections, failures = set(), 0
+    done = trio.Event()
+
+    async def ask(method):
+        while not done.is_set():
+            await links.call(agent.host, method, {"seconds": 0.3}, timeout=5)
+            answers[method] += 1
+            await trio.sleep(0.005)
+
+    async def watch():
+        nonlocal failures
+        while not done.is_set():
+            connections.add(links._links[agent.host])
+            failures += sum(link.failed_dials for link in links.statistics().values())
+            await trio.sleep(0.01)
+
+    served = agent.credentials
+    with trio.fail_after(30):
+        async with trio.open_nursery() as callers:
+            for method in ("echo", "slow", "slow"):
+                callers.start_soon(ask, method)
+            await links.call(agent.host, "echo", {}, timeout=5)
+            callers.start_soon(watch)
+            for lost in (False, True, False):
+                renewals = [agent.issue(served.key_pem) for _ in range(2 if lost else 1)]
+                for cert_pem in renewals:  # of two, the first never arrives
+                    directory.rows[agent.host] = agent.endpoint(pinned=cert_pem, earlier=served.cert_pem)
+                    await trio.sleep(0.4)
+                served = replace(served, cert_pem=renewals[-1])
+                install_certificate(agent.context, served)
+                await trio.sleep(0.2)
+            done.set()
+    assert failures == 0
+    assert len(connections) >= 5
+    assert min(answers.values()) >= 5
+
+
+async def test_a_certificate_before_the_earlier_one_is_refused(authority, directory, links, nursery):
+    agent = await Agent(authority).start(nursery)
+    second, third = (agent.issue(agent.credentials.key_pem) for _ in range(2))
+    directory.rows[agent.host] = agent.endpoint(pinned=third, earlier=second)
+    with trio.fail_after(30), pytest.raises(Fault):
+        await links.call(agent.host, "echo", {}, timeout=5)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", f"{'x' * 63}.invalid:1"])

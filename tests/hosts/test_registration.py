@@ -184,7 +184,8 @@ async def test_registering_anew_ends_the_old_credentials(enrolment, db):
     with pytest.raises(Unauthorized):
         await enrolment.refresh(old.refresh_token, None)
     await enrolment.heartbeat(old.host.id, new.token)
-    assert (await Directory(db).find(old.host.id)).epoch == 2
+    endpoint = await Directory(db).find(old.host.id)
+    assert (endpoint.epoch, endpoint.earlier) == (2, None)
 
 
 async def test_a_fresh_token_voids_the_one_before(enrolment):
@@ -204,20 +205,23 @@ async def test_refresh_rotates_token_and_certificate(enrolment, db):
     second = await enrolment.refresh(first.refresh_token, certificate_request(key))
     assert second.refresh_token != first.refresh_token
     endpoint = await Directory(db).find(first.host.id)
-    assert endpoint == Endpoint("192.0.2.7:7443", fingerprint(second.cert_pem), 1)
+    assert endpoint == Endpoint("192.0.2.7:7443", fingerprint(second.cert_pem), 1, fingerprint(first.cert_pem))
     await enrolment.heartbeat(first.host.id, second.token)
     third = await enrolment.refresh(second.refresh_token, None)
     assert third.cert_pem == ""
     assert await Directory(db).find(first.host.id) == endpoint
 
 
-async def test_a_lost_answer_is_asked_for_again(enrolment):
-    """The same key with the same token gets the same refresh token, until that one is used."""
+async def test_a_lost_answer_is_asked_for_again(enrolment, db):
+    """The same key with the same token gets the same refresh token, until that one is used. Until the answer arrives
+    the agent has its old certificate, and is reached with it."""
     key = new_key()
     first = await joined(enrolment, key=key)
     second = await enrolment.refresh(first.refresh_token, certificate_request(key))
     again = await enrolment.refresh(first.refresh_token, certificate_request(key))
     assert again.refresh_token == second.refresh_token
+    endpoint = await Directory(db).find(first.host.id)
+    assert (endpoint.fingerprint, endpoint.earlier) == (fingerprint(again.cert_pem), fingerprint(first.cert_pem))
     third = await enrolment.refresh(again.refresh_token, certificate_request(key))
     with pytest.raises(Unauthorized):
         await enrolment.refresh(first.refresh_token, certificate_request(key))

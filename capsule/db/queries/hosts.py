@@ -39,6 +39,7 @@ class HostRow(msgspec.Struct, frozen=True, kw_only=True):
     credential_epoch: int
     proven_epoch: int
     credentials_revoked_at: datetime | None
+    earlier_cert_fingerprint: str | None
     created_at: datetime
     deleted_at: datetime | None
     tags: list[str]
@@ -172,7 +173,8 @@ async def register(
     record = await tx.fetchrow(
         f"""
         update hosts as h set
-          address = $2, cert_fingerprint = $3, arch = $4, cpu_cores = $5, memory_mb = $6, disk_gb = $7,
+          address = $2, cert_fingerprint = $3, earlier_cert_fingerprint = null,
+          arch = $4, cpu_cores = $5, memory_mb = $6, disk_gb = $7,
           status = case status when 'online' then 'unreachable' else status end,
           generation = generation + (status = 'online')::int,
           credential_epoch = credential_epoch + 1, credentials_revoked_at = null, last_heartbeat = now()
@@ -248,10 +250,19 @@ async def revoke_credentials(tx: Connection, host_id: UUID) -> HostRow | None:
     return one(HostRow, record)
 
 
-async def pin_certificate(tx: Connection, host_id: UUID, cert_fingerprint: str) -> bool:
-    """A renewed certificate takes the old one's place; False when the host is gone."""
+async def pin_certificate(tx: Connection, host_id: UUID, cert_fingerprint: str, *, again: bool = False) -> bool:
+    """A renewed certificate takes the place of the one before, which stays pinned beside it; False when the host is
+    gone. `again`: the last renewal never arrived, so the one before that is what the agent has."""
     tag = await tx.execute(
-        "update hosts set cert_fingerprint = $2 where id = $1 and deleted_at is null", host_id, cert_fingerprint
+        """
+        update hosts set
+          cert_fingerprint = $2,
+          earlier_cert_fingerprint = case when $3 then earlier_cert_fingerprint else cert_fingerprint end
+        where id = $1 and deleted_at is null
+        """,
+        host_id,
+        cert_fingerprint,
+        again,
     )
     return tag == "UPDATE 1"
 
