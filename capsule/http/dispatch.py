@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -49,12 +50,17 @@ async def _respond(
     operation: Operation[Any, Any], authenticator: Authenticator, request: ApiRequest, path: dict[str, str]
 ) -> TrioResponse:
     # Who asks comes first: a stranger learns nothing from our parser, and none of his bytes is read.
-    asker = await _asker(operation, authenticator, request)
+    ask = partial(_asker, operation, authenticator, request)
+    asker = await ask()
+    late = not request.body.arrived
     strict = operation.query if not operation.lenient_query else None
     query = None if strict is None else parse_query(request.query_string, strict)
-    body = await _body(operation, request)
+    raw = None if operation.body is None else await request.json_bytes()
+    if raw is not None and late:
+        asker = await ask()  # whoever it was may have lost what lets them in while their body came
+    body = None if raw is None else _parsed(operation, request, raw)
     return await operation.handler(
-        Call(request=request, path=path, body=body, query=query, asker=asker),
+        Call(request=request, path=path, body=body, query=query, asker=asker, ask_again=ask),
     )
 
 
@@ -75,10 +81,9 @@ def _names(asker: Asker) -> dict[str, str]:
     return {"key_id": str(asker.actor_id), "team_id": str(asker.team_id)}
 
 
-async def _body(operation: Operation[Any, Any], request: ApiRequest) -> msgspec.Struct | None:
+def _parsed(operation: Operation[Any, Any], request: ApiRequest, raw: bytes) -> msgspec.Struct | None:
     if operation.body is None:
         return None
-    raw = await request.json_bytes()
     if not raw and operation.body_optional:
         return operation.body()
     check_json_headers(request.headers)

@@ -146,6 +146,7 @@ class FileHandlers:
             raise errors.InvalidState(f"the sandbox is {status}; this needs a running one", status=status)
         async with receive_upload(call.request, self._spool) as upload:
             content = upload.content
+            call = await call.renewed()  # an upload takes its time
             await self._service.write_file(call.principal, sandbox, upload.path, content.size, content.chunks())
         return no_content()
 

@@ -4,7 +4,7 @@ document, so neither can say what the other does not do."""
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 from uuid import UUID
 
@@ -23,13 +23,20 @@ Q = TypeVar("Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call(Generic[B, Q]):
-    """One request to an operation, checked: `body` and `query` are structs of the operation's types."""
+    """One request to an operation, checked: `body` and `query` are structs of the operation's types. `ask_again`: who
+    asks, as things are now."""
 
     request: ApiRequest
     path: Mapping[str, str]
     body: B
     query: Q
     asker: Asker | None
+    ask_again: Callable[[], Awaitable[Asker | None]]
+
+    async def renewed(self) -> Call[B, Q]:
+        """The same, when time has passed since: for a handler that reads the body itself. As the first time, refuses
+        who is let in no more, or no more to this."""
+        return replace(self, asker=await self.ask_again())
 
     @property
     def principal(self) -> Principal:

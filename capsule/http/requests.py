@@ -34,18 +34,27 @@ class RequestBody:
     """The body of one request, handed over piece by piece: `put` waits until the handler wants more, so a client
     that sends faster than we use it waits on its own socket.
 
-    The connection's task puts, the handler iterates, once. What nobody reads is drained after the answer.
+    The connection's task puts, the handler iterates, once. What nobody reads is drained after the answer. `expected`:
+    its length, where the client says it.
     """
 
-    def __init__(self, _expected: int | None = None, _maximum: int | None = None) -> None:
+    def __init__(self, expected: int | None = None, _maximum: int | None = None) -> None:
         self._send, self._receive = trio.open_memory_channel[bytes](0)
+        self._expected = expected
+        self._came = 0
         self.finished = False
         self._discarding = False
         self._drained = trio.Event()
         self._drain_until = 0
 
+    @property
+    def arrived(self) -> bool:
+        """Whether all of it is here, read or not. A large one may be said to be still on its way when it is here."""
+        return self.finished or (self._expected is not None and self._came >= self._expected)
+
     async def put(self, data: bytes) -> None:
         """Hand `data` to the handler, or drop it when nobody wants it any more."""
+        self._came += len(data)
         if self._discarding:
             self._drain_until -= len(data)
             if self._drain_until <= 0:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar, cast
 from uuid import UUID
 
 from capsule import errors
+from capsule.auth.access import ACCESS, admit
 from capsule.db.queries import audit
 from capsule.db.queries import platform as rows
 from capsule.db.translated import TranslatedDatabase
@@ -33,7 +35,8 @@ class Platform:
         self._db = TranslatedDatabase(db)
 
     async def set_byoc(self, user: User, team: UUID, *, enabled: bool) -> None:
-        """Whether the team brings its own hosts. NotFound for a team that is not or was deleted."""
+        """Whether the team brings its own hosts. NotFound for a team that is not or was deleted; Forbidden for who may
+        not any more."""
         await self._db.transaction(partial(_set_byoc, user=user, team=team, enabled=enabled))
 
     async def teams(self, limit: int, before: Position | None) -> Page[AnyTeamView]:
@@ -63,6 +66,8 @@ class Platform:
 
 
 async def _set_byoc(tx: Connection, *, user: User, team: UUID, enabled: bool) -> None:
+    held = await rows.hold_permissions(tx, user.id)
+    admit(ACCESS["setByoc"], replace(user, permissions=frozenset(cast("list[Permission]", held))))
     changed = await rows.set_byoc(tx, team, enabled=enabled)
     if changed is None:
         raise errors.NotFound("there is no such team")

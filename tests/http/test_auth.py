@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
+import trio
+import trio.testing
 
 from capsule import errors
 
@@ -67,4 +69,50 @@ async def test_a_stranger_uploads_nothing(api, refused):
         headers={"X-API-Key": "bad"},
     )
     refused(answer, 401, "unauthorized")
+    assert not list(api.spool_dir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("lines", "pieces", "times"),
+    [
+        (["Content-Length: 11"], [b'{"cmd":"x"}'], 1),
+        (["Content-Length: 11"], [b'{"cmd"', b':"x"}'], 2),
+        (["Transfer-Encoding: chunked"], [b"b\r\n", b'{"cmd":"x"}\r\n0\r\n\r\n'], 2),
+    ],
+)
+async def test_who_asks_is_found_out_again_after_a_late_body_only(api, until, lines, pieces, times):
+    """What let them in may be dead by then. Nobody else pays for a second look."""
+    path = f"/v1/sandboxes/sb-{api.sandboxes.add().id}/exec"
+    gate = api.authenticator.gates["api_key"] = trio.Event()
+    asked = api.authenticator.asked
+    with trio.fail_after(10):
+        async with await trio.open_tcp_stream("127.0.0.1", api.port) as stream:
+            head = api.head("POST", path, "Content-Type: application/json", *lines)
+            await stream.send_all(head + pieces[0])
+            await until(lambda: len(asked) == 1)
+            await trio.testing.wait_all_tasks_blocked(0.05)  # the server has taken what was sent
+            gate.set()
+            if pieces[1:]:
+                await trio.testing.wait_all_tasks_blocked(0.05)  # it waits for the rest
+                await stream.send_all(pieces[1])
+            answer = b"".join([chunk async for chunk in stream])
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert [method for method, _ in asked] == ["api_key"] * times
+
+
+async def test_an_upload_by_a_key_that_is_dead_by_then(api, until):
+    """Nothing is written, nothing is left of it."""
+    path = f"/v1/sandboxes/sb-{api.sandboxes.add().id}/files/write"
+    form = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+    body = form % (b"path", b"/a") + form % (b"file", b"content") + b"--x--\r\n"
+    lines = ["Content-Type: multipart/form-data; boundary=x", f"Content-Length: {len(body)}"]
+    with trio.fail_after(10):
+        async with await trio.open_tcp_stream("127.0.0.1", api.port) as stream:
+            await stream.send_all(api.head("POST", path, *lines) + body[:-1])
+            await until(lambda: [method for method, _ in api.sandboxes.asked] == ["get"])
+            api.authenticator.failures["api_key"] = errors.Unauthorized("The key was revoked.")
+            await stream.send_all(body[-1:])
+            answer = b"".join([chunk async for chunk in stream])
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert [method for method, _ in api.sandboxes.asked] == ["get"]
     assert not list(api.spool_dir.iterdir())

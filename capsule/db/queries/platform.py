@@ -67,6 +67,18 @@ _NEWEST = "order by {0}.created_at desc, {0}.id desc limit $1"
 Before = tuple[datetime, UUID] | None
 
 
+async def hold_permissions(tx: Connection, user_id: UUID) -> list[str]:
+    """What a platform admin may, which nobody can take from them until the transaction ends; nothing for others."""
+    records = await tx.fetch(
+        """
+        select p.permission from users u join admin_permissions p on p.user_id = u.id
+        where u.id = $1 and u.is_admin for share
+        """,
+        user_id,
+    )
+    return [record["permission"] for record in records]
+
+
 async def set_byoc(tx: Connection, team_id: UUID, *, enabled: bool) -> bool | None:
     """Whether that changed anything; None for a team that is not, was deleted, or is the platform's."""
     was: bool | None = await tx.fetchval(
