@@ -59,6 +59,7 @@ async def test_only_hosts_that_were_open_to_it(virtual_clock, world, agent, othe
 async def test_two_work_on_it(virtual_clock, world, agent, request_body):
     """The client asks again at another control plane while the first host is still thinking. Then it has room for
     one of the two and not for the other: one sandbox, on one host, and both hear of it."""
+    agent.delay = 5
     for order in ([FULL, None], [None, FULL], [FULL, FULL]):
         first = await world.add_host()
         await world.sql("update hosts set cordoned = (id <> $1)", first.host)
