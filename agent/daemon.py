@@ -106,7 +106,8 @@ async def serve(settings: Settings, joining: Joining | None = None) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, stop)
         nursery.start_soon(_stop_early, stop, serving, nursery.cancel_scope)
-        async with ControlPlane(settings.url or await _stored_url(root)) as control_plane:
+        url = settings.url or await _stored_url(root)
+        async with await trio.to_thread.run_sync(ControlPlane, url) as control_plane:  # reads the CAs of this machine
             if joining is None:
                 credentials = await _credentials(settings, state, control_plane)
             else:

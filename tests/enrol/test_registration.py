@@ -4,6 +4,7 @@ import gzip
 import json
 
 import httpx
+import msgspec
 import pytest
 import trio
 from cryptography import x509
@@ -75,8 +76,10 @@ async def test_refresh_asks_with_the_same_key_and_keeps_what_was_not_renewed(ans
         return answer(request, cert_pem="")
 
     async with speaking_to(handle) as control_plane:
-        got = await control_plane.refresh(credentials)
-        await control_plane.refresh(credentials)
+        joined = msgspec.structs.replace(credentials, address="192.0.2.7:7443")
+        got = await control_plane.refresh(joined)
+        await control_plane.refresh(joined)
+    assert got.address == "192.0.2.7:7443"
     keys = {x509.load_pem_x509_csr(each["csr_pem"].encode()).public_key().public_numbers() for each in requests}
     assert len(keys) == 1
     assert [each["refresh_token"] for each in requests] == ["refresh-0", "refresh-0"]
