@@ -38,7 +38,8 @@ def parse_address(text: str) -> HostAddress:
     except ValueError:
         return _named(host.lower().removesuffix("."), port)
     ip = (ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None) or ip
-    if ip.is_unspecified or ip.is_multicast or getattr(ip, "scope_id", None):
+    reserved = ip.version == 4 and ip.is_reserved  # broadcast, too; of IPv6 the loopback address would be
+    if ip.is_unspecified or ip.is_multicast or ip.is_link_local or reserved or getattr(ip, "scope_id", None):
         raise InvalidRequest(f"address: {host} cannot be dialled from elsewhere", field="address")
     shown = f"[{ip}]" if ip.version == 6 else str(ip)
     return HostAddress(f"{shown}:{port}", x509.IPAddress(ip))

@@ -49,6 +49,21 @@ def test_a_value_that_does_not_fit_names_its_variable(name, value):
         load({**GOOD, f"CAPSULE_{name}": value})
 
 
+@pytest.mark.parametrize(
+    "url", ["localhost:6379", "http://h", "redis://", "redis://h:port", "redis://h:0", "unix://x", "redis://[::1"]
+)
+def test_an_address_that_is_not_rediss_is_refused(url):
+    """At the start, and without a word of it: it may have a password."""
+    with pytest.raises(SettingsError, match="CAPSULE_REDIS_URL") as caught:
+        load({**GOOD, "CAPSULE_REDIS_URL": url})
+    assert url not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://:secret@h:6379/0", "rediss://h", "unix:///run/redis.sock?db=1"])
+def test_addresses_of_redis(url):
+    assert load({**GOOD, "CAPSULE_REDIS_URL": url}).redis_url == url
+
+
 def test_secrets_stay_out_of_repr():
     """A traceback that shows the settings shows neither the key nor the database's password."""
     settings = load({**GOOD, "CAPSULE_DATABASE_URL": "postgresql://u:hunter2@h/d"})

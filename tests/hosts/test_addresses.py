@@ -17,6 +17,9 @@ from capsule.hosts.addresses import parse_address
         ("[::ffff:192.0.2.7]:7443", "192.0.2.7:7443"),
         ("Agent.Example.:7443", "agent.example:7443"),
         ("agent-1:1", "agent-1:1"),
+        ("127.0.0.1:7443", "127.0.0.1:7443"),
+        ("[::1]:7443", "[::1]:7443"),
+        ("10.0.0.7:7443", "10.0.0.7:7443"),
     ],
 )
 def test_every_spelling_of_an_address_is_stored_as_one(claimed, stored):
@@ -41,6 +44,12 @@ def test_every_spelling_of_an_address_is_stored_as_one(claimed, stored):
         "[::]:1",
         "[fe80::1%eth0]:1",
         "224.0.0.1:1",
+        "[ff02::1]:1",
+        "169.254.169.254:80",
+        "[::ffff:169.254.169.254]:80",
+        "[fe80::1]:1",
+        "255.255.255.255:1",
+        "240.0.0.1:1",
         "::1:1",
         "[::1:1",
         "a..b:1",
