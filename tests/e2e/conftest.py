@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.e2e.fleet_stage import Stage
+
 START_SECONDS = 120
 HTTP_SECONDS = 150
 
@@ -183,6 +185,19 @@ def start_platform(own_host):
                 one.stop()
 
     return start
+
+
+@pytest.fixture(scope="module")
+def fleet(own_host, postgres_server):
+    """Three machines and two control planes that a module's tests share."""
+    database = postgres_server.create()
+    with open_directory() as directory:
+        stage = Stage(directory, postgres_server.dsn(database), until)
+        stage.raise_curtain()
+        yield stage
+        stage.drop_curtain()
+        assert stage.leftovers() == []
+    postgres_server.drop(database)
 
 
 @pytest.fixture
