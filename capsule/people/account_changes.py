@@ -30,7 +30,7 @@ REUSED = "this Idempotency-Key was used for a different sign-up; use a new one"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignUp:
-    """An account to be made, and what the client calls the request."""
+    """An account to be made, and what the client calls the request. `email` in its one form."""
 
     email: str
     name: str
@@ -39,12 +39,12 @@ class SignUp:
     @property
     def owner_id(self) -> UUID:
         """Whose Idempotency-Key it is: an address's, which may have no account yet."""
-        return uuid5(NAMESPACE_URL, f"mailto:{self.email.lower()}")
+        return uuid5(NAMESPACE_URL, f"mailto:{self.email}")
 
     @property
     def request_hash(self) -> bytes:
         """Without the password: nothing is stored of it that could be guessed at speed."""
-        return fingerprint({"email": self.email.lower(), "name": self.name})
+        return fingerprint({"email": self.email, "name": self.name})
 
 
 async def earlier(connection: Connection, request: SignUp) -> UUID | None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from capsule.principals import User
 
 WRONG = "the e-mail address or the password is wrong"
+NO_ADDRESS = ""
+"""What is looked for instead of text that is no address: it takes as long, and finds nobody."""
 
 
 class Accounts:
@@ -62,7 +64,7 @@ class Accounts:
         """Unauthorized, after the same time and in the same words whatever was wrong; RateLimited."""
         await self._limits.hit("login_address", subject_of(address))
         wanted = _normal(email)
-        await self._limits.hit("login_account", wanted.lower())
+        await self._limits.hit("login_account", wanted)
         user = await self._db.run(users.by_email, wanted)
         landing = await self._enter(user, password)
         if landing is None:
@@ -112,7 +114,7 @@ class Accounts:
         """The key was used for this account: who knows its password gets a session."""
         user = await self._db.run(users.get, account)
         if user is not None:
-            await self._limits.hit("login_account", user.email.lower())
+            await self._limits.hit("login_account", user.email)
         landing = await self._enter(user, password)
         if landing is None:
             raise errors.IdempotencyKeyReused(changes.REUSED)
@@ -128,11 +130,12 @@ class Accounts:
 
 
 def _normal(email: str) -> str:
-    """As it would be stored, or as it was typed when it is no address: nobody's, then."""
+    """As it would be stored, or nobody's when it is no address. Never as it was typed: the database might find in that
+    an address which we do not."""
     try:
         return email_address(email)
     except errors.InvalidRequest:
-        return email
+        return NO_ADDRESS
 
 
 def _view(user: User, row: UserRow) -> AccountView:

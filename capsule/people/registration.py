@@ -98,12 +98,28 @@ def default_team_name(name: str) -> str:
 
 
 def email_address(text: str) -> str:
-    """The address in normal form; InvalidRequest. Nothing is looked up, and names that mean something in one network
-    only (`.internal`, `.test`, a bare host name) do."""
+    """The address in its one form, by which an account is stored and found: NFC, all in small letters, the domain as
+    IDNA (UTS 46) has it; InvalidRequest.
+
+    Nothing is looked up, and names that mean something in one network only (`.internal`, `.test`, a bare host name) do.
+    """
     try:
         found = validate_email(text, check_deliverability=False, globally_deliverable=False).normalized
     except EmailNotValidError as err:
         raise errors.InvalidRequest(f"email: {err}", field="email") from err
     if len(found) > MAX_EMAIL:
         raise errors.InvalidRequest(f"email: at most {MAX_EMAIL} characters.", field="email")
-    return found
+    small = small_letters(found)
+    if small is None:
+        raise errors.InvalidRequest("email: it has a letter whose small form is not one letter.", field="email")
+    return small
+
+
+def small_letters(text: str) -> str | None:
+    """NFC, in small letters; None where that is no form to go by: a letter becomes several (`İ`), or others the second
+    time. The database's own `lower` leaves the result alone in every locale, and never makes two of them one."""
+    composed = unicodedata.normalize("NFC", text)
+    small = composed.lower()
+    if any(len(letter.lower()) != 1 for letter in composed):
+        return None
+    return small if unicodedata.normalize("NFC", small).lower() == small else None

@@ -17,7 +17,7 @@ from capsule.db.translated import TranslatedDatabase
 from capsule.model import Page, Position
 from capsule.people import deletion, members
 from capsule.people.acting import Acting, act_on, look_at
-from capsule.people.registration import email_address
+from capsule.people.registration import email_address, small_letters
 from capsule.people.views import FoundUser, MemberView, TeamView
 from capsule.principals import GivenRole, Role, User
 from capsule.sandboxes.admission import fingerprint, same_request
@@ -164,7 +164,8 @@ async def _rename(tx: Connection, user: User, team_id: UUID, name: str) -> None:
 async def _search(connection: Connection, user_id: UUID, prefix: str) -> list[FoundRow]:
     if not await memberships.administers(connection, user_id):
         raise errors.Forbidden("this is for admins and owners of a team")
-    return await memberships.search(connection, prefix, FOUND_AT_MOST)
+    small = small_letters(prefix)
+    return [] if small is None else await memberships.search(connection, small, FOUND_AT_MOST)
 
 
 def view(row: TeamOfUser | TeamRow, role: Role | None = None) -> TeamView:

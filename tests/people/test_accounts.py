@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsule.people.registration import default_team_name, email_address
+from capsule.people.registration import default_team_name, email_address, small_letters
 from tests.fixtures.people import PASSWORD
 from tests.people.together import at_once, refusal
 
@@ -76,6 +77,7 @@ async def test_fifty_sign_up_with_one_address(people):
         ("email", '"ada lovelace"@example.com'),
         ("email", "Ada <ada@example.com>"),
         ("email", "ada@[127.0.0.1]"),
+        ("email", "\u0130da@example.com"),
         ("name", ""),
         ("name", "  "),
         ("name", "a\nb"),
@@ -125,9 +127,29 @@ def test_names_of_default_teams(name, team):
     assert default_team_name(name) == team
 
 
-def test_an_address_in_normal_form():
-    """The domain in small letters, the rest as it was."""
-    assert email_address("Ada.L@EXAMPLE.com") == "Ada.L@example.com"
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [
+        ("Ada.L@EXAMPLE.com", "ada.l@example.com"),
+        ("\u00dcnal@example.com", "\u00fcnal@example.com"),
+        ("U\u0308nal@example.com", "\u00fcnal@example.com"),
+        ("\u212aelvin@\u00c5.example", "kelvin@\u00e5.example"),
+        ("\u039f\u0394\u039f\u03a3@example.com", "\u03bf\u03b4\u03bf\u03c2@example.com"),
+        ("ada@XN--BCHER-KVA.example", "ada@b\u00fccher.example"),
+    ],
+)
+def test_an_address_in_its_one_form(typed, stored):
+    """Composed, and in small letters, of whatever alphabet."""
+    assert email_address(typed) == email_address(stored) == stored
+
+
+@given(st.text(max_size=40))
+def test_small_letters_are_a_form_to_go_by(text):
+    """Made again they are the same, however the text is written."""
+    small = small_letters(text)
+    if small is not None:
+        assert small_letters(small) == small
+        assert small_letters(unicodedata.normalize("NFD", text)) == small
 
 
 async def sign_up_with_key(people, key="k1", **changes):

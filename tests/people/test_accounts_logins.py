@@ -33,7 +33,7 @@ async def log_in(people, email="ada@example.com", password=PASSWORD):
 
 
 async def test_login(people):
-    """By the address in whatever case."""
+    """By the address in whatever case; it is stored, and shown, in small letters."""
     ada = await people.sign_up("Ada", email="Ada@example.com")
     answer = await log_in(people, "aDA@EXAMPLE.COM")
     assert answer.status_code == 200
@@ -41,7 +41,7 @@ async def test_login(people):
         "token": "",
         "user_id": ada.wire_id,
         "team_id": f"team-{ada.team}",
-        "email": "Ada@example.com",
+        "email": "ada@example.com",
         "name": "Ada",
     }
 

@@ -82,7 +82,7 @@ def test_the_first_admin(operator, sql):
     )
     assert (admin, role, default) == (True, "owner", True)
     assert stored.startswith("$argon2id$")
-    assert operator("list")[1] == "Root@example.com\tbyoc, directory, hosts, templates\n"
+    assert operator("list")[1] == "root@example.com\tbyoc, directory, hosts, templates\n"
 
 
 def test_an_account_that_exists_is_promoted(operator, sql):

@@ -49,12 +49,12 @@ async def counts(people):
 async def test_somebody_new_gets_an_account_with_its_own_team(people, github, browser, ada):
     """One account, one team they own, one audit row; the token works and says who they are."""
     auth = await browser.sign_in(github, ada)
-    assert (auth["email"], auth["name"]) == ("Ada@example.com", "Ada Lovelace")
+    assert (auth["email"], auth["name"]) == ("ada@example.com", "Ada Lovelace")
     person = people.person(auth)
     me = (await person.get("/v1/me")).json()
-    assert (me["email"], me["role"]) == ("Ada@example.com", "owner")
+    assert (me["email"], me["role"]) == ("ada@example.com", "owner")
     assert [(name, kind, action) for name, kind, action, *_ in await people.audit(person.team)] == [
-        ("Ada@example.com", "team", "create")
+        ("ada@example.com", "team", "create")
     ]
     assert await counts(people) == (1, 1, 1, 1)
 
@@ -64,7 +64,7 @@ async def test_a_known_identity_signs_in_by_its_id(people, github, browser, ada)
     first = await browser.sign_in(github, ada)
     renamed = github.account(1815, "countess", name="Augusta", email="augusta@example.com")
     second = await Browser(people).sign_in(github, renamed)
-    assert (second["user_id"], second["email"], second["name"]) == (first["user_id"], "Ada@example.com", "Ada Lovelace")
+    assert (second["user_id"], second["email"], second["name"]) == (first["user_id"], "ada@example.com", "Ada Lovelace")
     assert (await counts(people))[:3] == (1, 1, 1)
 
 

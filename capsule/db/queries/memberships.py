@@ -138,10 +138,11 @@ async def administers(tx: Connection, user_id: UUID) -> bool:
 
 
 async def search(tx: Connection, prefix: str, limit: int) -> list[FoundRow]:
-    """People whose address begins so, in whatever case, by address. What is a pattern to LIKE is text here."""
+    """People whose address begins so, by address; the prefix in small letters. What is a pattern to LIKE is text
+    here."""
     escaped = prefix.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
     records = await tx.fetch(
-        f"select {_FOUND} from users where lower(email) like lower($1) || '%' order by lower(email) limit $2",
+        f"select {_FOUND} from users where lower(email) like $1 || '%' order by lower(email) limit $2",
         escaped,
         limit,
     )

@@ -40,7 +40,7 @@ async def claimed(tx: Connection, *, provider: str, subject: str, email: str) ->
     record = await tx.fetchrow(
         """
         select (select user_id from oauth_identities where provider = $1 and subject = $2) as identity_of,
-               (select id from users where lower(email) = lower($3)) as address_of
+               (select id from users where lower(email) = $3) as address_of
         """,
         provider,
         subject,

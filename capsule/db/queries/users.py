@@ -40,7 +40,8 @@ async def insert(
     is_admin: bool = False,
     user_id: UUID | None = None,
 ) -> UserRow:
-    """A new account. ConstraintViolated("users_email_key") when the address is taken, in whatever case."""
+    """A new account. `email` is in its one form (`capsule.people.registration.email_address`), here and wherever it is
+    looked for. ConstraintViolated("users_email_key") when the address is taken."""
     record = await tx.fetchrow(
         f"""
         insert into users (id, email, name, password_hash, is_admin)
@@ -61,8 +62,9 @@ async def get(tx: Connection, user_id: UUID) -> UserRow | None:
 
 
 async def by_email(tx: Connection, email: str) -> UserRow | None:
-    """By address, in whatever case."""
-    return one(UserRow, await tx.fetchrow(f"select {_COLUMNS} from users where lower(email) = lower($1)", email))
+    """By address in its one form. What `lower` makes of text depends on the database; it is asked of what is stored
+    only, for the index, and leaves that as it is."""
+    return one(UserRow, await tx.fetchrow(f"select {_COLUMNS} from users where lower(email) = $1", email))
 
 
 async def hold(tx: Connection, user_id: UUID) -> UserRow | None:
