@@ -50,13 +50,14 @@ def test_a_value_that_does_not_fit_names_its_variable(name, value):
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:6379", "http://h", "redis://", "redis://h:port", "redis://h:0", "unix://x", "redis://[::1"]
+    "url",
+    ["localhost:6379", "http://h", "redis://", "redis://:secret@h:port", "redis://h:0", "unix://x", "redis://[::1"],
 )
 def test_an_address_that_is_not_rediss_is_refused(url):
     """At the start, and without a word of it: it may have a password."""
     with pytest.raises(SettingsError, match="CAPSULE_REDIS_URL") as caught:
         load({**GOOD, "CAPSULE_REDIS_URL": url})
-    assert url not in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["redis://:secret@h:6379/0", "rediss://h", "unix:///run/redis.sock?db=1"])
