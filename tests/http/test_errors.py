@@ -34,7 +34,7 @@ async def test_an_unknown_path_is_404(api, refused, method, path):
         ("PUT", "/v1/sandboxes", "GET, HEAD, POST"),
         ("OPTIONS", "/v1/capsules", "GET, HEAD, POST"),
         ("POST", "/health", "GET, HEAD"),
-        ("GET", "/v1/hosts/register", "POST"),
+        ("GET", "/v1/hosts/auth/refresh", "POST"),
         ("FROBNICATE", "/v1/sandboxes/x/exec", "POST"),
         ("TRACE", "/v1/sandboxes/x", "DELETE, GET, HEAD"),
     ],

@@ -1,5 +1,5 @@
 """Schemathesis against the whole application, real services over a real database: no 5xx but a 503 that says why, and
-no answer that /openapi.yaml does not document - for nobody, for the holder of a key, for an owner."""
+no answer that /openapi.yaml does not document - for nobody, the holder of a key, an owner, a keeper of hosts."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ RUNS = {
         "--exclude-operation-id=logOut",  # everything after it would be refused
         "--exclude-operation-id=changePassword",
     ),
+    "keeper": ("--phases=examples,coverage,fuzzing", "--max-examples=2", "--include-path-regex=^/v1/hosts"),
 }
 """What each tries. tests/e2e/test_schemathesis.py goes through the sandboxes' operations at length."""
 CONFIG = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "503"]\n'
@@ -44,7 +45,14 @@ async def test_every_answer_is_documented(people, tmp_path, who):
     agent, _ = await people.host()
     await people.sandbox(team.id, agent)
     await people.make_admin(team.owner, "byoc", "directory")
-    headers = {"nobody": {}, "key": (await people.key(team.owner)).headers, "owner": team.owner.headers}[who]
+    keeper = await people.sign_up("Keeper")
+    await people.make_admin(keeper, "hosts")
+    headers = {
+        "nobody": {},
+        "key": (await people.key(team.owner)).headers,
+        "owner": team.owner.headers,
+        "keeper": keeper.headers,
+    }[who]
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
     command = [
