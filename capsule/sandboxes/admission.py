@@ -177,11 +177,15 @@ def same_request(claim: IdempotencyRow, request: object) -> UUID:
 
 
 async def check_allowed(tx: Connection, principal: Principal, shape: Shape, count: int = 1) -> None:
-    """The team's limits. QuotaExceeded names the one that was hit; NoTeam."""
+    """The team's limits. QuotaExceeded names the one that was hit; NoTeam.
+
+    Leaves the team's row locked. It comes before any lock on what is the team's, such as a template: deleting a team
+    takes them in this order, too. The limits are read behind it, or they would be those of a team that is gone by now.
+    """
+    live = await sandboxes.count_live(tx, principal.team_id)
     limits = await teams.limits(tx, principal.team_id)
     if limits is None:
         raise errors.NoTeam("your team was deleted")
-    live = await sandboxes.count_live(tx, principal.team_id)
     for name, wanted, limit in (
         ("max_vcpus", shape.vcpus, limits.max_vcpus),
         ("max_memory_mb", shape.memory_mb, limits.max_memory_mb),

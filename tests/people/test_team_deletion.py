@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
 
@@ -53,6 +54,18 @@ async def owner(world):
 def teams(world):
     """The use-cases, of a process that has no host links, no monitor and no time left."""
     return Teams(world.db, world.settings, RateLimits(world.db))
+
+
+async def frozen(world, agent, source):
+    """A template of the team, which the sandbox `source` was made from."""
+    [row] = await world.sql(
+        """insert into templates (team_id, name, type, vcpus, memory_mb, disk_mb)
+           values ($1, 'frozen', 'snapshot', 1, 512, 1024) returning id""",
+        world.principal.team_id,
+    )
+    await world.sql("insert into template_hosts (template_id, host_id) values ($1, $2)", row["id"], agent.host)
+    await world.sql("update sandboxes set template_id = $2 where id = $1", source, row["id"])
+    agent.snapshots[str(row["id"])] = {}
 
 
 async def statuses(world):
@@ -196,11 +209,13 @@ async def test_its_templates_and_their_copies(virtual_clock, world, agent, beats
 async def test_a_create_beside_the_delete(
     virtual_clock, world, agent, beats, owner, teams, request_body, eventually, team_lock, first, what
 ):
-    """Both want the team's row. The delete first: there is no team for the new one. The new one first: it is ended like
-    all the others. Never is one left that lives."""
-    plane = await world.control_plane(monitor=True)
+    """Both want the team's row, and the template. The delete first: there is no team for the new one. The new one
+    first: it is ended like all the others. Never is one left that lives, nor do they wait for each other."""
     source = await world.insert(agent, "running")
     agent.add_vm(source.id)
+    await frozen(world, agent, source.id)
+    plane = await world.control_plane(monitor=True)
+    request_body = replace(request_body, template="frozen")
     outcomes = {}
 
     async def create():
@@ -216,10 +231,12 @@ async def test_a_create_beside_the_delete(
         await teams.delete(owner, world.principal.team_id)
         outcomes["delete"] = True
 
+    before = world.db.statistics().retries
     async with team_lock(world, world.principal.team_id) as lock:
         for one in (create, delete) if first == "create" else (delete, create):
             await lock.queue(one)
     assert outcomes["delete"]
+    assert world.db.statistics().retries == before  # a deadlock is one that is broken by trying again
 
     async def over():
         return await statuses(world) == {"stopped"} and not agent.vms and not agent.paused
