@@ -5,9 +5,7 @@ Hashing is slow on purpose, and takes memory: it is done in a few threads of its
 
 from __future__ import annotations
 
-import secrets
 import unicodedata
-from base64 import b64encode
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
@@ -49,22 +47,21 @@ class Passwords:
             parallelism=settings.argon2_parallelism,
         )
         self._limiter = trio.CapacityLimiter(settings.password_threads)
-        self._nobodys = _hash_of_nothing(self._hasher)
 
     async def hash(self, password: str) -> str:
         """What to store. Busy."""
         return await self._in_thread(self._hasher.hash, _bytes_of(password))
 
-    async def matches(self, stored: str | None, password: str) -> bool:
-        """Whether it is the password of this hash. None (nobody, or somebody without a password): the same work for
-        nothing. Busy."""
-        return await self._in_thread(self._verify, stored, _bytes_of(password))
+    async def matches(self, stored: str | None, password: str, *, decoy: str) -> bool:
+        """Whether it is the password of this hash. None (nobody, or somebody without a password): the work that `decoy`
+        takes (`capsule.auth.decoys`), for nothing. Busy."""
+        return await self._in_thread(self._verify, stored, decoy, _bytes_of(password))
 
     def outdated(self, stored: str) -> bool:
         """Whether the hash was made at another cost than is set now."""
         return self._hasher.check_needs_rehash(stored)
 
-    def _verify(self, stored: str | None, password: bytes) -> bool:
+    def _verify(self, stored: str | None, decoy: str, password: bytes) -> bool:
         try:
             if stored is not None:
                 return self._hasher.verify(stored, password)
@@ -73,7 +70,7 @@ class Passwords:
         except (InvalidHashError, VerificationError) as err:
             log.error("password_hash_unusable", reason=type(err).__name__)  # noqa: TRY400 - no traceback: it may show it
         with suppress(VerifyMismatchError):
-            self._hasher.verify(self._nobodys, password)
+            self._hasher.verify(decoy, password)
         return False
 
     async def _in_thread(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
@@ -94,11 +91,3 @@ def check_length(password: str, field: str) -> None:
 def _bytes_of(password: str) -> bytes:
     """Keyboards differ in how they compose letters (RFC 8265 §4.2.2: NFC)."""
     return unicodedata.normalize("NFC", password).encode()
-
-
-def _hash_of_nothing(hasher: PasswordHasher) -> str:
-    """A hash in form, of no password anybody knows: to be verified at the price of a real one."""
-    salt, digest = (
-        b64encode(secrets.token_bytes(size)).decode().rstrip("=") for size in (hasher.salt_len, hasher.hash_len)
-    )
-    return f"$argon2id$v=19$m={hasher.memory_cost},t={hasher.time_cost},p={hasher.parallelism}${salt}${digest}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 from capsule import errors
+from capsule.auth.decoys import Decoys
 from capsule.auth.passwords import check_length
 from capsule.auth.rate_limits import subject_of
 from capsule.auth.sessions import DEAD, SessionTokens
@@ -40,6 +41,7 @@ class Accounts:
         self._tokens = SessionTokens(settings)
         self._limits = limits
         self._passwords = passwords
+        self._decoys = Decoys(db, settings)
 
     async def sign_up(
         self, *, email: str, password: str, name: str, address: str, idempotency_key: str | None
@@ -66,7 +68,7 @@ class Accounts:
         wanted = _normal(email)
         await self._limits.hit("login_account", wanted)
         user = await self._db.run(users.by_email, wanted)
-        landing = await self._enter(user, password)
+        landing = await self._enter(user, wanted, password)
         if landing is None:
             await self._db.transaction(changes.record_failure, user, address)
             raise errors.Unauthorized(WRONG)
@@ -99,7 +101,7 @@ class Accounts:
         await self._limits.hit("password", str(user.id))
         row = await self._row(user)
         has_to_know = row.password_hash is not None or current is not None
-        if has_to_know and not await self._passwords.matches(row.password_hash, current or ""):
+        if has_to_know and not await self._matches(row.password_hash, row.email, current or ""):
             raise errors.Forbidden("current_password: that is not your current password")
         password_hash = await self._passwords.hash(new)
         await self._db.transaction(changes.change_password, user, row, password_hash)
@@ -115,15 +117,18 @@ class Accounts:
         user = await self._db.run(users.get, account)
         if user is not None:
             await self._limits.hit("login_account", user.email)
-        landing = await self._enter(user, password)
+        landing = await self._enter(user, NO_ADDRESS if user is None else user.email, password)
         if landing is None:
             raise errors.IdempotencyKeyReused(changes.REUSED)
         return landing.session(self._tokens)
 
-    async def _enter(self, user: UserRow | None, password: str) -> Landing | None:
+    async def _matches(self, stored: str | None, email: str, password: str) -> bool:
+        return await self._passwords.matches(stored, password, decoy=await self._decoys.of(email))
+
+    async def _enter(self, user: UserRow | None, email: str, password: str) -> Landing | None:
         """A session for who knows the password; None for who does not. Whatever is wrong, one verification is done."""
         stored = None if user is None else user.password_hash
-        if not await self._passwords.matches(stored, password) or user is None or stored is None:
+        if not await self._matches(stored, email, password) or user is None or stored is None:
             return None
         better = await self._passwords.hash(password) if self._passwords.outdated(stored) else None
         return await self._db.transaction(changes.enter, user, better)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from argon2 import PasswordHasher
 from prometheus_client import CollectorRegistry
 
 from capsule.http.app import resources
@@ -28,3 +29,17 @@ def route_table():
 def matrix():
     """Callers and operations."""
     return Matrix()
+
+
+@pytest.fixture
+def verifications(monkeypatch):
+    """The hashes that passwords are compared with, one for each time."""
+    seen = []
+    real = PasswordHasher.verify
+
+    def verify(self, hash, password):  # noqa: A002 - the library's name
+        seen.append(hash)
+        return real(self, hash, password)
+
+    monkeypatch.setattr(PasswordHasher, "verify", verify)
+    return seen

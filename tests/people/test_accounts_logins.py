@@ -6,26 +6,11 @@ from functools import partial
 
 import pytest
 import trio
-from argon2 import PasswordHasher
 
 from capsule import control, errors
 from capsule.auth.passwords import Passwords
 from tests.fixtures.people import PASSWORD, quick_settings
 from tests.people.together import at_once, refusal
-
-
-@pytest.fixture
-def verifications(monkeypatch):
-    """The hashes that passwords are compared with, one for each time."""
-    seen = []
-    real = PasswordHasher.verify
-
-    def verify(self, hash, password):  # noqa: A002 - the library's name
-        seen.append(hash)
-        return real(self, hash, password)
-
-    monkeypatch.setattr(PasswordHasher, "verify", verify)
-    return seen
 
 
 async def log_in(people, email="ada@example.com", password=PASSWORD):

@@ -244,8 +244,8 @@ class SlowPasswords(Passwords):
         self.verified = trio.Event()
         self.go_on = trio.Event()
 
-    async def matches(self, stored, password):
-        right = await super().matches(stored, password)
+    async def matches(self, stored, password, *, decoy):
+        right = await super().matches(stored, password, decoy=decoy)
         self.verified.set()
         await self.go_on.wait()
         return right

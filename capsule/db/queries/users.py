@@ -77,6 +77,18 @@ async def lock(tx: Connection, user_id: UUID) -> UserRow | None:
     return one(UserRow, await tx.fetchrow(f"select {_COLUMNS} from users where id = $1 for no key update", user_id))
 
 
+async def password_costs(tx: Connection) -> list[str]:
+    """What verifying a password costs, of all that are stored: the parameters that their hashes begin with, and nothing
+    else of them."""
+    records = await tx.fetch(
+        r"""
+        select distinct substring(password_hash from '^\$argon2id\$v=19\$m=\d{1,8},t=\d{1,4},p=\d{1,4}\$') as cost
+        from users where password_hash like '$argon2id$v=19$m=%' order by cost
+        """
+    )
+    return [record["cost"] for record in records if record["cost"] is not None]
+
+
 async def rename(tx: Connection, user_id: UUID, name: str) -> None:
     """Another name."""
     await tx.execute("update users set name = $2 where id = $1", user_id, name)
