@@ -12,7 +12,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-ROUNDS = int(os.environ.get("CAPSULE_CRASH_ROUNDS", "50"))
+ROUNDS = int(os.environ.get("CAPSULE_CRASH_ROUNDS", "15"))
 LIVE_AT_ONCE = 4
 SEED = int(os.environ.get("CAPSULE_CRASH_SEED", "0")) or random.randrange(1, 10**6)
 AHEAD = 2
