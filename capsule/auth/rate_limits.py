@@ -39,12 +39,16 @@ RULES: Mapping[str, Rule] = {
     "sign_up": Rule(100, 3600),
     "login_address": Rule(100, 300),
     "login_account": Rule(20, 300),
+    "login_anywhere": Rule(200, 300),
     "password": Rule(10, 3600),
     "oauth_address": Rule(100, 300),
     "user_search": Rule(60, 60),
+    "add_member": Rule(60, 60),
+    "create_team": Rule(30, 3600),
 }
-"""What is limited: sign-ups, passwords given and sign-ins through providers per address; logins per account; changes of
-password and searches per person."""
+"""What is limited: sign-ups, passwords given and sign-ins through providers per address; logins per account, from one
+address and from anywhere; changes of password, searches, members added (tried: it tells who has an account) and teams
+made per person."""
 
 
 class RateLimits:

@@ -52,7 +52,7 @@ class Accounts:
         request = SignUp(email=email_address(email), name=name, idempotency_key=idempotency_key)
         await self._limits.hit("sign_up", subject_of(address))
         if (earlier := await self._db.run(changes.earlier, request)) is not None:
-            return await self._sign_up_again(earlier, password)
+            return await self._sign_up_again(earlier, password, address)
         password_hash = await self._passwords.hash(password)
         try:
             made = await self._db.transaction(changes.sign_up, request, password_hash, uuid4())
@@ -60,13 +60,14 @@ class Accounts:
             if err.name != "users_email_key":
                 raise
             raise errors.EmailTaken(changes.TAKEN) from err
-        return await self._sign_up_again(made, password) if isinstance(made, UUID) else made.session(self._tokens)
+        if isinstance(made, UUID):
+            return await self._sign_up_again(made, password, address)
+        return made.session(self._tokens)
 
     async def log_in(self, *, email: str, password: str, address: str) -> Authenticated:
         """Unauthorized, after the same time and in the same words whatever was wrong; RateLimited."""
-        await self._limits.hit("login_address", subject_of(address))
         wanted = _normal(email)
-        await self._limits.hit("login_account", wanted)
+        await self._count_login(wanted, address)
         user = await self._db.run(users.by_email, wanted)
         landing = await self._enter(user, wanted, password)
         if landing is None:
@@ -112,15 +113,24 @@ class Accounts:
             raise errors.Unauthorized(DEAD)
         return row
 
-    async def _sign_up_again(self, account: UUID, password: str) -> Authenticated:
-        """The key was used for this account: who knows its password gets a session."""
+    async def _sign_up_again(self, account: UUID, password: str, address: str) -> Authenticated:
+        """The key was used for this account: who knows its password gets a session. A login by another name, counted
+        and recorded as one."""
         user = await self._db.run(users.get, account)
-        if user is not None:
-            await self._limits.hit("login_account", user.email)
-        landing = await self._enter(user, NO_ADDRESS if user is None else user.email, password)
+        email = NO_ADDRESS if user is None else user.email
+        await self._count_login(email, address)
+        landing = await self._enter(user, email, password)
         if landing is None:
+            await self._db.transaction(changes.record_failure, user, address)
             raise errors.IdempotencyKeyReused(changes.REUSED)
         return landing.session(self._tokens)
+
+    async def _count_login(self, email: str, address: str) -> None:
+        """Before it is tried. Who guesses from one address locks the account for that address only."""
+        subject = subject_of(address)
+        await self._limits.hit("login_address", subject)
+        await self._limits.hit("login_account", f"{email} {subject}")
+        await self._limits.hit("login_anywhere", email)
 
     async def _matches(self, stored: str | None, email: str, password: str) -> bool:
         return await self._passwords.matches(stored, password, decoy=await self._decoys.of(email))

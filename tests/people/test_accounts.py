@@ -169,6 +169,23 @@ async def test_a_sign_up_sent_again(people):
     assert len(await people.sql("select from users")) == 1
 
 
+async def test_a_sign_up_sent_again_is_a_login(people):
+    """A wrong password is recorded and counted as one at login is: twenty in all, by whichever way."""
+    ada = (await sign_up_with_key(people)).json()
+    again = [await sign_up_with_key(people, password=f"guess number {number}") for number in range(19)]
+    assert {answer.status_code for answer in again} == {409}
+    guess = {"email": ADA["email"], "password": "another guess"}
+    assert (await people.nobody.post("/v1/auth/login", guess)).status_code == 401
+    refusal(await sign_up_with_key(people), 429, "rate_limited")
+    refusal(await people.nobody.post("/v1/auth/login", guess), 429, "rate_limited")
+    rows = await people.sql("""
+        select resource_id, actor_name, team_id, metadata::text as said, count(*) as rows from audit_logs
+        where action = 'login_failed' group by 1, 2, 3, 4
+    """)
+    assert [(row["resource_id"], row["actor_name"], row["rows"]) for row in rows] == [(ada["user_id"], ADA["email"], 20)]
+    assert [(f"team-{row['team_id']}", row["said"]) for row in rows] == [(ada["team_id"], '{"address": "127.0.0.1"}')]
+
+
 async def test_a_sign_up_sent_many_times_at_once(people):
     """One account, and each gets a session of it."""
     answers = await at_once(partial(sign_up_with_key, people) for _ in range(8))

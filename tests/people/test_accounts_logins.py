@@ -79,6 +79,30 @@ async def test_guesses_made_at_once_are_counted_before(people, verifications):
     assert (await log_in(people, bob.email)).status_code == 200
 
 
+async def test_a_guesser_locks_out_nobody_else(people):
+    """Twenty wrong ones from one address: that address has to wait, others do not; until guesses from everywhere have
+    become too many, whatever the password is then. Of another account they are none."""
+    limits = "login_account=20/3600,login_anywhere=25/3600"
+    accounts = control._people(quick_settings(rate_limits=limits), people.world.db).accounts
+    ada, bob = [await people.sign_up(name) for name in ("Ada", "Bob")]
+
+    async def outcome(address, password, email=ada.email):
+        try:
+            await accounts.log_in(email=email, password=password, address=address)
+        except (errors.Unauthorized, errors.RateLimited) as err:
+            return type(err)
+        return "in"
+
+    guesses = [await outcome("192.0.2.1", "wrong password") for _ in range(20)]
+    assert guesses == [errors.Unauthorized] * 20
+    assert await outcome("192.0.2.1", PASSWORD) is errors.RateLimited
+    assert await outcome("198.51.100.1", PASSWORD) == "in"
+    many = [await outcome(f"203.0.113.{number}", "wrong password") for number in range(5)]
+    assert many == [errors.Unauthorized] * 4 + [errors.RateLimited]
+    assert await outcome("198.51.100.1", PASSWORD) is errors.RateLimited
+    assert await outcome("192.0.2.1", PASSWORD, bob.email) == "in"
+
+
 async def test_limits_by_address(people):
     """Sign-ups and logins each, whatever the account is; another control plane knows."""
     strict = quick_settings(rate_limits="sign_up=2/3600,login_address=2/3600,password=1/3600")

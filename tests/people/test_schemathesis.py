@@ -30,7 +30,17 @@ RUNS = {
 """What each tries. tests/e2e/test_schemathesis.py goes through the sandboxes' operations at length."""
 CONFIG = '[checks]\nnot_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "503"]\n'
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-UNLIMITED = ("sign_up", "login_address", "login_account", "password", "oauth_address", "user_search")
+UNLIMITED = (
+    "sign_up",
+    "login_address",
+    "login_account",
+    "login_anywhere",
+    "password",
+    "oauth_address",
+    "user_search",
+    "add_member",
+    "create_team",
+)
 
 
 @pytest.fixture
