@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -25,14 +25,13 @@ from uuid import UUID, uuid4
 import httpx
 import trio
 from closed_loop import Sample, load, request
-from stage import show
+from stage import database, show
 from trail import measure_pages
 
 from agent.actor.logs import configure_logs
 from capsule import config, control
 from capsule.auth.keys import canonical, digest, new_key
 from capsule.auth.sessions import SessionHolder, SessionTokens
-from capsule.db.embedded import run_postgres
 from capsule.db.migrate import migrate
 from capsule.db.pool import Database, open_database
 from capsule.db.queries import keys, sandboxes, sessions, teams, users
@@ -55,20 +54,6 @@ class Stage:
     key: str
     token: str
     sandbox: UUID
-
-
-@asynccontextmanager
-async def database():
-    """A PostgreSQL of its own, as `capsule dev` runs it; its address."""
-    with tempfile.TemporaryDirectory(prefix="capsule-bench-", ignore_cleanup_errors=True) as name:
-        root = Path(name)
-        root.chmod(0o711)
-        async with trio.open_nursery() as nursery:
-            handle = await nursery.start(
-                partial(run_postgres, root / "data", runtime=root / "run", cache=root / "cache")
-            )
-            yield handle.dsn
-            nursery.cancel_scope.cancel()
 
 
 async def fill(db: Database, dsn: str) -> Stage:

@@ -21,6 +21,7 @@ import trio
 
 from agent.actor.peer import OpenerPeer
 from capsule import config
+from capsule.db.embedded import run_postgres
 from capsule.db.pool import open_database
 from capsule.dev.files import read_secrets
 from capsule.hosts.authority import load_authority
@@ -82,6 +83,20 @@ def platform(**settings: str):
         finally:
             process.send_signal(signal.SIGINT)
             process.wait()
+
+
+@asynccontextmanager
+async def database():
+    """A PostgreSQL of its own, as `capsule dev` runs it; its address."""
+    with tempfile.TemporaryDirectory(prefix="capsule-bench-", ignore_cleanup_errors=True) as name:
+        root = Path(name)
+        root.chmod(0o711)
+        async with trio.open_nursery() as nursery:
+            handle = await nursery.start(
+                partial(run_postgres, root / "data", runtime=root / "run", cache=root / "cache")
+            )
+            yield handle.dsn
+            nursery.cancel_scope.cancel()
 
 
 def wait_golden(data: Path, count: int = 1) -> None:
