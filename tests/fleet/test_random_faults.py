@@ -25,6 +25,8 @@ ROUNDS = int(os.environ.get("CAPSULE_FLEET_ROUNDS", "6"))
 HOSTS = int(os.environ.get("CAPSULE_FLEET_HOSTS", "20"))
 SANDBOXES = int(os.environ.get("CAPSULE_FLEET_SANDBOXES", "5"))
 SEED = int(os.environ.get("CAPSULE_FLEET_SEED", "1"))
+EVERY = 20
+"""Rounds from one look at all keys to the next."""
 REQUESTS = 30
 """Of users, in each round."""
 BACK = 100.0
@@ -108,12 +110,12 @@ async def test_every_promise_holds_after_every_round(virtual_clock, fleet, real_
     for number in itertools.count(1):
         try:
             await game.play()
-            if number % 25 == 0 or number == ROUNDS:
+            if number % EVERY == 0 or number == ROUNDS:
                 await game.truth.check_keys(game.users.answers)
         except Exception as err:  # noqa: BLE001 - whatever it is, the faults are what matters
             last = "\n".join(game.faults.told[-8:])
             pytest.fail(f"seed {SEED}, round {number}: {err!r}\n{err}\nthe last faults:\n{last}")
-        if number % 25 == 0:
+        if number % EVERY == 0:
             seconds = time.monotonic() - began - started
             say(f"round {number}: {seconds / number:.2f} s each, {trio.current_time():.0f} of the virtual clock")
         if number == ROUNDS:
