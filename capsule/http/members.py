@@ -48,7 +48,7 @@ def operations(service: TeamService) -> list[Operation[Any, Any]]:
             body=AddMemberBody,
             idempotent=True,
             successes=(Success(status=201, description="They are a member.", body=Member),),
-            errors=(errors.Conflict, errors.QuotaExceeded, errors.IdempotencyKeyReused),
+            errors=(errors.Conflict, errors.QuotaExceeded, errors.IdempotencyKeyReused, errors.RateLimited),
         ),
         Operation(
             name="changeRole",

@@ -97,7 +97,7 @@ class TeamService(Protocol):
         ...
 
     async def create(self, user: User, *, name: str, idempotency_key: str | None) -> TeamView:
-        """A team that the user owns. QuotaExceeded; Conflict when the one this key stands for is gone."""
+        """A team that the user owns. QuotaExceeded, RateLimited; Conflict when the one this key stands for is gone."""
         ...
 
     async def get(self, user: User, team: UUID) -> tuple[TeamView, Sequence[MemberView]]:
@@ -118,7 +118,7 @@ class TeamService(Protocol):
 
     async def add_member(self, user: User, team: UUID, *, email: str, idempotency_key: str | None) -> MemberView:
         """As `member`. NotFound for an unknown address, InvalidRequest for none, Conflict for a member,
-        QuotaExceeded."""
+        QuotaExceeded, RateLimited."""
         ...
 
     async def change_role(self, user: User, team: UUID, member: UUID, role: GivenRole) -> None:

@@ -48,7 +48,7 @@ def operations(service: TeamService) -> list[Operation[Any, Any]]:
             body=TeamBody,
             idempotent=True,
             successes=(Success(status=201, description="The team.", body=Team),),
-            errors=(errors.QuotaExceeded, errors.Conflict, errors.IdempotencyKeyReused),
+            errors=(errors.QuotaExceeded, errors.Conflict, errors.IdempotencyKeyReused, errors.RateLimited),
         ),
         Operation(
             name="getTeam",

@@ -64,7 +64,8 @@ class Teams:
         return Page(tuple(view(row) for row in shown), after)
 
     async def create(self, user: User, *, name: str, idempotency_key: str | None) -> TeamView:
-        """A team that the user owns. QuotaExceeded."""
+        """A team that the user owns. QuotaExceeded, RateLimited."""
+        await self._limits.hit("create_team", str(user.id))
         new = NewTeam(name=name, idempotency_key=idempotency_key, most=self._settings.max_teams_per_user)
         return await self._db.transaction(_create, user, new)
 
@@ -101,8 +102,10 @@ class Teams:
         return Page(tuple(members.view(row) for row in shown), last)
 
     async def add_member(self, user: User, team: UUID, *, email: str, idempotency_key: str | None) -> MemberView:
-        """NotFound for an unknown address, Conflict for a member, QuotaExceeded, InvalidRequest for no address."""
+        """NotFound for an unknown address, Conflict for a member, QuotaExceeded, InvalidRequest for no address;
+        RateLimited."""
         invitation = members.Invitation(team=team, email=email_address(email))
+        await self._limits.hit("add_member", str(user.id))
         return await self._db.transaction(members.add, user, invitation, idempotency_key)
 
     async def change_role(self, user: User, team: UUID, member: UUID, role: GivenRole) -> None:

@@ -9,10 +9,17 @@ import msgspec
 import pytest
 import trio
 
+from tests.fixtures.people import quick_settings
+
 ROUNDS = 4
 ACTIONS = 30
 EXPECTED = {201, 204, 401, 403, 404, 409}
 RANK = {"member": 0, "admin": 1, "owner": 2}
+
+
+@pytest.fixture
+def people_settings():
+    return quick_settings(rate_limits="add_member=1000/3600,create_team=1000/3600")
 
 
 @pytest.mark.parametrize("taken", ["demoted", "removed", "left", "deleted"])
