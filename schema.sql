@@ -33,6 +33,7 @@ create table users (
 );
 -- One account per address, whatever the case; the pattern class also serves the search by prefix in any locale.
 create unique index users_email_key on users (lower(email) text_pattern_ops);
+create index users_page on users (created_at desc, id desc);
 
 create table oauth_identities (
   provider    text not null,
@@ -104,6 +105,7 @@ create table teams (
   -- Over deleted teams too: a slug is never given out twice.
   constraint teams_slug_key unique (slug)
 );
+create index teams_page on teams (created_at desc, id desc);
 
 -- The platform itself: owner of base templates. It has no members.
 insert into teams (id, name, slug) values ('00000000-0000-0000-0000-000000000000', 'Platform', '000000-000000');

@@ -54,3 +54,7 @@ create index if not exists audit_logs_kind
 -- Only keys that live are listed and counted, however many a team has revoked.
 create index if not exists api_keys_live on api_keys (team_id, created_at desc, id desc) where revoked_at is null;
 drop index if exists api_keys_team_id;
+
+-- Pages of everything, for platform admins.
+create index if not exists users_page on users (created_at desc, id desc);
+create index if not exists teams_page on teams (created_at desc, id desc);

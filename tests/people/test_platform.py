@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import pytest
+
+from capsule.db.queries import platform
 
 LISTS = ("teams", "users", "hosts")
 
@@ -130,3 +133,32 @@ async def test_being_an_admin_is_not_having_a_permission(people, director):
     await people.sql("delete from admin_permissions where user_id = $1 and permission = 'directory'", director.id)
     assert (await director.get("/v1/admin/users")).status_code == 403
     assert (await director.put(path, {"enabled": True})).status_code == 204
+
+
+class Explaining:
+    """A transaction that tells how it would answer, and answers nothing."""
+
+    def __init__(self, tx):
+        self._tx = tx
+        self.plan = ""
+
+    async def fetch(self, statement, *arguments):
+        records = await self._tx.fetch(f"explain {statement}", *arguments)
+        self.plan = "\n".join(record[0] for record in records)
+        return []
+
+
+@pytest.mark.parametrize("before", [None, (datetime(2026, 1, 1, tzinfo=UTC), UUID(int=1))])
+@pytest.mark.parametrize("what", ["users", "teams"])
+async def test_a_page_is_read_in_its_order(people, what, before):
+    """Not sorted out of all there are."""
+
+    async def explain(tx):
+        await tx.execute("set local enable_seqscan = off")
+        explaining = Explaining(tx)
+        await getattr(platform, what)(explaining, 51, before)
+        return explaining.plan
+
+    plan = await people.world.db.transaction(explain)
+    assert f"using {what}_page" in plan
+    assert "Sort" not in plan.partition("SubPlan")[0]
