@@ -33,11 +33,13 @@ class Principal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """A token in use. `id` is its jti, `issued_at` by the database's clock."""
+    """A token in use. `id` is its jti, `issued_at` by the database's clock. `authenticated_at`: when the password was
+    given, or a provider vouched; the same for all sessions that went on from that one. None: nobody knows."""
 
     id: UUID
     issued_at: datetime
     expires_at: datetime
+    authenticated_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

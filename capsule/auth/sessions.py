@@ -2,6 +2,9 @@
 
 What a token says of role, team and name is a hint for its holder; who they are and what they may is read from the
 database for every request. So a member who is removed has lost everything with the next request.
+
+A session for another team goes on from this one, for 6 hours more: `auth_time` (OpenID Connect Core 1.0 §2) says since
+when it has gone on so, and ends that.
 """
 
 from __future__ import annotations
@@ -24,11 +27,15 @@ if TYPE_CHECKING:
     from capsule.db.pool import Database
 
 LIFETIME = timedelta(hours=6)
+GOES_ON = timedelta(days=7)
+"""For so long after a login one session may follow another: a stolen one ends, too."""
+FRESH = timedelta(minutes=10)
+"""For so long after a login a session may do what would be worth stealing it for."""
 KEY_PURPOSE = "user-session"
 ALGORITHM = "HS256"
 REMEMBERED = 4096
 """Tokens whose signature is not computed again. Only sound ones are remembered: what strangers send takes no room."""
-REQUIRED = ("sub", "iat", "exp", "jti")
+REQUIRED = ("sub", "iat", "exp", "jti", "auth_time")
 EXPIRED = "the session has expired; log in again"
 DEAD = "the session is not valid any more; log in again"
 
@@ -42,6 +49,7 @@ class SessionClaims:
     session_id: UUID
     issued_at: datetime
     expires_at: datetime
+    authenticated_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,8 +71,9 @@ class SessionTokens:
         self._key = settings.derive_key(KEY_PURPOSE)
         self._sound = lru_cache(REMEMBERED)(self._verify)
 
-    def issue(self, holder: SessionHolder, issued_at: datetime) -> str:
-        """A token. `issued_at` is the database's clock: it is compared with the moment of a change of password."""
+    def issue(self, holder: SessionHolder, issued_at: datetime, authenticated_at: datetime | None = None) -> str:
+        """A token. `issued_at` is the database's clock: it is compared with the moment of a change of password.
+        `authenticated_at` None: just now, too."""
         claims: dict[str, Any] = {
             "sub": f"usr-{holder.user_id}",
             "team_id": "" if holder.team_id is None else f"team-{holder.team_id}",
@@ -73,6 +82,7 @@ class SessionTokens:
             "name": holder.name,
             "iat": issued_at.timestamp(),
             "exp": (issued_at + LIFETIME).timestamp(),
+            "auth_time": (authenticated_at or issued_at).timestamp(),
             "jti": str(uuid4()),
         }
         if holder.is_admin:
@@ -98,6 +108,7 @@ class SessionTokens:
                 session_id=UUID(claims["jti"]),
                 issued_at=datetime.fromtimestamp(claims["iat"], UTC),
                 expires_at=datetime.fromtimestamp(claims["exp"], UTC),
+                authenticated_at=datetime.fromtimestamp(claims["auth_time"], UTC),
             )
         except jwt.ExpiredSignatureError as err:
             raise Unauthorized(EXPIRED) from err
@@ -122,11 +133,21 @@ class SessionAuthenticator:
             id=row.id,
             email=row.email,
             name=row.name,
-            session=Session(id=claims.session_id, issued_at=claims.issued_at, expires_at=claims.expires_at),
+            session=Session(
+                id=claims.session_id,
+                issued_at=claims.issued_at,
+                expires_at=claims.expires_at,
+                authenticated_at=claims.authenticated_at,
+            ),
             team_id=row.team_id,
             role=cast("Role | None", row.role),
             permissions=frozenset(cast("list[Permission]", row.permissions)),
         )
+
+
+def logged_in_within(limit: timedelta, session: Session, now: datetime) -> bool:
+    """Whether the login that the session goes back to is no longer ago than that, by the database's clock."""
+    return session.authenticated_at is not None and now - session.authenticated_at <= limit
 
 
 async def _holder(connection: Any, claims: SessionClaims) -> rows.HolderRow | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from capsule import errors
-from capsule.auth.sessions import DEAD
+from capsule.auth.sessions import DEAD, FRESH, GOES_ON, logged_in_within
 from capsule.db.queries import audit, idempotency, sessions, users
 from capsule.people.registration import Landing, land, landing_in, register
 from capsule.sandboxes.admission import fingerprint
@@ -102,16 +102,19 @@ async def record_failure(tx: Connection, user: UserRow | None, address: str) -> 
 
 
 async def switch(tx: Connection, user: User, team: UUID) -> Landing:
-    """A session for another team. Unauthorized when theirs was ended meanwhile, NotFound, Forbidden."""
+    """A session for another team. Unauthorized when theirs was ended meanwhile, or has gone on for too long; NotFound,
+    Forbidden."""
     row = await users.hold(tx, user.id)
     if row is None or not await _lives(tx, user):
         raise errors.Unauthorized(DEAD)
+    if not logged_in_within(GOES_ON, user.session, await sessions.now(tx)):
+        raise errors.Unauthorized(f"you logged in more than {GOES_ON.days} days ago; log in again")
     place = await sessions.place(tx, user.id, team)
     if place is None:
         raise errors.NotFound("there is no such team, or it was deleted")
     if place.role is None:
         raise errors.Forbidden("you are not a member of that team")
-    return landing_in(row, team, cast("Role", place.role), place.now)
+    return landing_in(row, team, cast("Role", place.role), place.now, user.session.authenticated_at)
 
 
 async def update(tx: Connection, user_id: UUID, name: str | None) -> UserRow:
@@ -126,10 +129,13 @@ async def update(tx: Connection, user_id: UUID, name: str | None) -> UserRow:
 
 async def change_password(tx: Connection, user: User, verified: UserRow, password_hash: str) -> None:
     """Another password, and the end of all sessions but this one. Unauthorized when somebody else was quicker, or
-    this session was ended meanwhile."""
+    this session was ended meanwhile. Forbidden for a first password long after the login: who found an open session
+    would have the account."""
     row = await users.lock(tx, user.id)
     if row is None or not _same_password(row, verified) or not await _lives(tx, user):
         raise errors.Unauthorized("the password was changed meanwhile; log in again")
+    if row.password_hash is None and not logged_in_within(FRESH, user.session, await sessions.now(tx)):
+        raise errors.Forbidden("a first password is set right after signing in; sign in again, then set it")
     await users.set_password(tx, user.id, password_hash, kept_session=user.session.id)
 
 

@@ -83,7 +83,7 @@ class Accounts:
 
     async def switch_team(self, user: User, team: UUID) -> Authenticated:
         """A session for another team of theirs. NotFound for one that is not or was deleted, Forbidden for one they are
-        no member of."""
+        no member of; Unauthorized a week after the login."""
         return (await self._db.transaction(changes.switch, user, team)).session(self._tokens)
 
     async def me(self, user: User) -> AccountView:
@@ -95,8 +95,8 @@ class Accounts:
         return _view(user, await self._db.transaction(changes.update, user.id, name))
 
     async def change_password(self, user: User, *, current: str | None, new: str, address: str) -> None:
-        """`current` may be None only for an account without a password. Ends all other sessions. Forbidden when
-        `current` is wrong, RateLimited."""
+        """`current` may be None only for an account without a password, soon after the login. Ends all other sessions.
+        Forbidden when `current` is wrong, or that was long ago; RateLimited."""
         check_length(new, "new_password")
         await self._limits.hit("login_address", subject_of(address))
         await self._limits.hit("password", str(user.id))

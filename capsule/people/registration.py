@@ -33,16 +33,18 @@ MAX_EMAIL = 320
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Landing:
-    """What a session begins with. `issued_at` is the database's clock."""
+    """What a session begins with. `issued_at` is the database's clock, and so is `authenticated_at`: of the login that
+    it goes on from, None for a login."""
 
     holder: SessionHolder
     issued_at: datetime
+    authenticated_at: datetime | None = None
 
     def session(self, tokens: SessionTokens) -> Authenticated:
         """With a token of its own."""
         holder = self.holder
         return Authenticated(
-            token=tokens.issue(holder, self.issued_at),
+            token=tokens.issue(holder, self.issued_at, self.authenticated_at),
             user_id=holder.user_id,
             team_id=holder.team_id,
             email=holder.email,
@@ -80,12 +82,18 @@ async def land(tx: Connection, user: UserRow) -> Landing:
     return landing_in(user, row.team_id, cast("Role | None", row.role), row.now)
 
 
-def landing_in(user: UserRow, team_id: UUID | None, role: Role | None, issued_at: datetime) -> Landing:
+def landing_in(
+    user: UserRow,
+    team_id: UUID | None,
+    role: Role | None,
+    issued_at: datetime,
+    authenticated_at: datetime | None = None,
+) -> Landing:
     """Their session in a team that is known."""
     holder = SessionHolder(
         user_id=user.id, email=user.email, name=user.name, is_admin=user.is_admin, team_id=team_id, role=role
     )
-    return Landing(holder=holder, issued_at=issued_at)
+    return Landing(holder=holder, issued_at=issued_at, authenticated_at=authenticated_at)
 
 
 def default_team_name(name: str) -> str:

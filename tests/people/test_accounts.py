@@ -182,7 +182,9 @@ async def test_a_sign_up_sent_again_is_a_login(people):
         select resource_id, actor_name, team_id, metadata::text as said, count(*) as rows from audit_logs
         where action = 'login_failed' group by 1, 2, 3, 4
     """)
-    assert [(row["resource_id"], row["actor_name"], row["rows"]) for row in rows] == [(ada["user_id"], ADA["email"], 20)]
+    assert [(row["resource_id"], row["actor_name"], row["rows"]) for row in rows] == [
+        (ada["user_id"], ADA["email"], 20)
+    ]
     assert [(f"team-{row['team_id']}", row["said"]) for row in rows] == [(ada["team_id"], '{"address": "127.0.0.1"}')]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from base64 import urlsafe_b64decode, urlsafe_b64encode
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -66,7 +67,7 @@ def bad_tokens(people, ada):
     said = jwt.decode(ada.token, options={"verify_signature": False})
     missing = {
         f"without {claim}": jwt.encode({name: value for name, value in said.items() if name != claim}, key, "HS256")
-        for claim in ("sub", "iat", "exp", "jti")
+        for claim in ("sub", "iat", "exp", "jti", "auth_time")
     }
     return {
         **{f"tampered {part}": flipped(ada.token, part) for part in range(3)},
@@ -85,6 +86,8 @@ def bad_tokens(people, ada):
         "a jti that is no UUID": forged(key=key, jti="x"),
         "iat that is text": forged(key=key, iat="soon"),
         "iat at the end of time": forged(key=key, iat=1e300),
+        "auth_time that is text": forged(key=key, auth_time="long ago"),
+        "auth_time at the end of time": forged(key=key, auth_time=1e300),
         "exp that is no number": forged(key=key, exp=float("nan")),
         "exp for ever": forged(key=key, exp=float("inf")),
         "exp that is text": forged(key=key, exp="soon"),
@@ -133,11 +136,12 @@ async def test_hints_in_a_token_are_hints(people):
 
 
 async def test_claims(people):
-    """As the contract lists them; is_admin only when it is so."""
+    """As the contract lists them, and when the login was; is_admin only when it is so."""
     ada = await people.sign_up("Ada")
     said = jwt.decode(ada.token, people.signing_key(), ["HS256"])
-    assert sorted(said) == ["email", "exp", "iat", "jti", "name", "role", "sub", "team_id"]
+    assert sorted(said) == ["auth_time", "email", "exp", "iat", "jti", "name", "role", "sub", "team_id"]
     assert said["exp"] - said["iat"] == 6 * 3600
+    assert said["auth_time"] == said["iat"]
     await people.make_admin(ada)
     again = jwt.decode((await log_in(people, ada)).token, people.signing_key(), ["HS256"])
     assert again["is_admin"] is True
@@ -205,6 +209,49 @@ async def test_switching_teams(people):
     assert await refused("team-00000000-0000-0000-0000-000000000000") == 403
     await people.sql("update teams set deleted_at = now() where id = $1", bob.team)
     assert await refused(f"team-{bob.team}") == 404
+
+
+def since(people, person, **ago):
+    """The person with a session that goes back to a login so long ago."""
+    moment = datetime.now(UTC) - timedelta(**ago)
+    token = people.forged(person, key=people.signing_key(), auth_time=moment.timestamp())
+    return replace(person, token=token, headers={"Authorization": f"Bearer {token}"}), moment
+
+
+async def test_sessions_follow_each_other_for_a_week(people):
+    """However often a session is switched, it goes back to the same login; a week after that one has to log in. The
+    last one ends when it says."""
+    ada = await people.sign_up("Ada")
+    switch = {"team_id": f"team-{ada.team}"}
+    early, moment = since(people, ada, days=6, hours=23)
+    for _ in range(3):
+        early = people.person((await early.post("/v1/auth/switch-team", switch)).json())
+        said = jwt.decode(early.token, people.signing_key(), ["HS256"])
+        assert said["auth_time"] == pytest.approx(moment.timestamp(), abs=1e-6)
+        assert said["iat"] > moment.timestamp() + 6 * 24 * 3600
+    late, _ = since(people, ada, days=7, minutes=1)
+    refused = await late.post("/v1/auth/switch-team", switch)
+    assert refused.status_code == 401
+    assert "log in again" in refused.json()["error"]["message"]
+    assert await status(people, late.token) == 200
+    assert (await (await log_in(people, ada)).post("/v1/auth/switch-team", switch)).status_code == 200
+
+
+async def test_a_first_password_is_set_soon_after_the_login(people):
+    """Who found an open session gets no more than that; after another login it goes. Who has a password proves it by
+    that, whenever."""
+    ada = await people.sign_up("Ada")
+    await people.sql("update users set password_hash = null where id = $1", ada.id)
+    found, _ = since(people, ada, minutes=11)
+    switched = await found.post("/v1/auth/switch-team", {"team_id": f"team-{ada.team}"})
+    for session in (found, people.person(switched.json())):
+        answer = await session.post("/v1/me/password", {"new_password": NEW})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+        assert "sign in again" in answer.json()["error"]["message"]
+    assert (await ada.get("/v1/me")).json()["has_password"] is False
+    fresh, _ = since(people, ada, minutes=9)
+    assert (await fresh.post("/v1/me/password", {"new_password": NEW})).status_code == 204
+    assert await change(since(people, fresh, days=6)[0], NEW, PASSWORD) == 204
 
 
 async def test_a_removed_member_has_nothing_left(people):

@@ -108,6 +108,12 @@ async def revoke(tx: Connection, *, jti: UUID, user_id: UUID, expires_at: dateti
     )
 
 
+async def now(tx: Connection) -> datetime:
+    """The clock by which sessions are issued."""
+    moment: datetime = await tx.fetchval("select clock_timestamp()")
+    return moment
+
+
 async def prune(tx: Connection) -> None:
     """Forget ended sessions whose tokens have expired anyway; a thousand at a time."""
     await tx.execute(
