@@ -280,7 +280,7 @@ class Stage:
             self._make_admin()
             with ThreadPoolExecutor() as pool:
                 list(pool.map(self.join, self.machines))
-            self.until(lambda: all(self.status(one) == "online" for one in self.machines), 60, "three hosts online")
+            self.until(self.is_online, 60, "three hosts online")
             self._open = stack.pop_all()
 
     def drop_curtain(self):
@@ -326,6 +326,11 @@ class Stage:
         """A small sandbox."""
         return self.call(201, "POST", "/sandboxes", json={"memory_mb": 128}, **fields)["id"]
 
+    def clear(self):
+        """No sandboxes."""
+        for one in self.call(200, "GET", "/sandboxes", params={"limit": 200}):
+            self.call(204, "DELETE", f"/sandboxes/{one['id']}")
+
     def exec(self, sandbox, cmd, **fields):
         """What a command in it prints."""
         return self.call(200, "POST", f"/sandboxes/{sandbox}/exec", json={"cmd": cmd}, **fields)["stdout"]
@@ -337,6 +342,10 @@ class Stage:
     def status(self, machine):
         """Of the host that this machine is."""
         return self.call(200, "GET", f"/hosts/{machine.host}")["status"]
+
+    def is_online(self):
+        """Whether all hosts are."""
+        return all(self.status(machine) == "online" for machine in self.machines)
 
     def on(self, machine):
         """Ids of the sandboxes that live or rest there."""

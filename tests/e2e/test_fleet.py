@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import asyncpg
 import httpx
@@ -67,20 +68,31 @@ def start_ticking(fleet, sandbox):
 
 
 def ticks(fleet, sandbox):
-    """The file is there, and the process goes on: two looks see two times."""
-    look = "cat /root/name; sed -n 1p /tmp/tick; sleep 0.5; sed -n 1p /tmp/tick"
-    name, first, second = fleet.exec(sandbox, look).split()
-    return name == sandbox and int(second) > int(first)
+    """The file is there, and the process goes on: it writes another time than it had written."""
+    look = 'cat /root/name; t=$(cat /tmp/tick); [ "$t" ]; while [ "$(cat /tmp/tick)" = "$t" ]; do sleep 0.1; done'
+    return fleet.exec(sandbox, f"set -e; {look}") == f"{sandbox}\n"
 
 
-def test_a_host_is_cut_off_and_comes_back(fleet, told, poll):
+def populate(fleet):
+    """A sandbox on every host, where there was none; what is there, in the order of the machines."""
+    for _ in range(3):
+        empty = [machine for machine in fleet.machines if not fleet.on(machine)]
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(lambda _: fleet.create(), empty))
+    there = [fleet.on(machine) for machine in fleet.machines]
+    assert all(there)
+    return there
+
+
+def test_a_host_is_cut_off_and_comes_back(fleet, told):
     """Sandboxes go to all three. One host's packets are dropped: it is unreachable and its sandboxes are missing after
     the time-out, the others work on, and it pauses what it has. Healed: online, its sandboxes rest as it says, resume
     works, files and processes are there. The audit trail tells exactly that."""
+    fleet.clear()
     with ThreadPoolExecutor(3) as pool:
-        made = set(pool.map(lambda _: fleet.create(), range(5)))
+        made = set(pool.map(lambda _: fleet.create(), range(4)))
     places = [set(fleet.on(machine)) for machine in fleet.machines]
-    assert sorted(map(len, places)) == [1, 2, 2]
+    assert sorted(map(len, places)) == [1, 1, 2]
     assert set.union(*places) == made
     lost = fleet.machines[[len(place) for place in places].index(2)]
     cut_off = fleet.on(lost)
@@ -91,17 +103,17 @@ def test_a_host_is_cut_off_and_comes_back(fleet, told, poll):
 
     began = time.monotonic()
     fleet.cut(lost)
-    poll(lambda: fleet.status(lost) == "unreachable", SILENCE + ROUND + SLOW, "a host marked down")
+    fleet.until(lambda: fleet.status(lost) == "unreachable", SILENCE + ROUND + SLOW, "a host marked down")
     assert time.monotonic() - began > SILENCE - 3  # a beat may have been its last some time before
     assert {fleet.sandbox(sandbox) for sandbox in cut_off} == {"missing"}
     assert fleet.ask("POST", f"/sandboxes/{cut_off[0]}/exec", json={"cmd": "true"}).status_code in {409, 503}
     assert {fleet.sandbox(sandbox) for sandbox in others} == {"running"}
     assert fleet.exec(min(others), "echo on") == "on\n"
-    poll(lambda: not lost.vmms(), SILENCE + SLOW, "a host that has paused everything")
+    fleet.until(lambda: not lost.vmms(), SILENCE + SLOW, "a host that has paused everything")
 
     fleet.cut()
-    poll(lambda: fleet.status(lost) == "online", SLOW, "a host marked up")
-    poll(lambda: {fleet.sandbox(sandbox) for sandbox in cut_off} == {"paused"}, 2 * ROUND + SLOW, "paused rows")
+    fleet.until(lambda: fleet.status(lost) == "online", SLOW, "a host marked up")
+    fleet.until(lambda: {fleet.sandbox(sandbox) for sandbox in cut_off} == {"paused"}, 2 * ROUND + SLOW, "paused rows")
     for sandbox in cut_off:
         assert fleet.call(200, "POST", f"/sandboxes/{sandbox}/resume")["status"] == "running"
         assert ticks(fleet, sandbox)
@@ -119,20 +131,21 @@ def test_a_host_is_cut_off_and_comes_back(fleet, told, poll):
     assert {(one["resource_id"], one["actor_name"], one["metadata"]["reason"]) for one in shown} == {
         (sandbox, "monitor", LOST) for sandbox in cut_off
     }
-    for sandbox in made:
-        fleet.call(204, "DELETE", f"/sandboxes/{sandbox}")
 
 
-def test_a_control_plane_is_killed_in_the_middle(fleet, poll):
+def test_a_control_plane_is_killed_in_the_middle(fleet):
     """kill -9 with creates and pauses under way: the same requests at the other one finish each of them, one sandbox
     for each key, on one host; no VM is there that no row knows; the other's monitor leads within 15 s."""
     first, second = fleet.planes
     second.start()
-    poll(second.answers, 60, "a second control plane")
+    fleet.until(second.answers, 60, "a second control plane")
     fleet.fence()
+    fleet.clear()
+    earlier = {action: len(audited(fleet, action)) for action in ("create", "pause")}
     assert first.leads()
     assert not second.leads()
-    running = [fleet.create(), fleet.create()]
+    with ThreadPoolExecutor(2) as pool:
+        running = list(pool.map(lambda _: fleet.create(), range(2)))
     keys = [str(uuid.uuid4()) for _ in range(3)]
 
     def create(key, plane):
@@ -141,8 +154,7 @@ def test_a_control_plane_is_killed_in_the_middle(fleet, poll):
     def pause(sandbox, key, plane):
         return fleet.ask("POST", f"/sandboxes/{sandbox}/pause", key=key, plane=plane)
 
-    work = [lambda plane, key=key: create(key, plane) for key in keys]
-    work += [lambda plane, one=one, key=str(uuid.uuid4()): pause(one, key, plane) for one in running]
+    work = [*(partial(create, key) for key in keys), *(partial(pause, one, str(uuid.uuid4())) for one in running)]
 
     def attempt(one):
         try:
@@ -150,28 +162,17 @@ def test_a_control_plane_is_killed_in_the_middle(fleet, poll):
         except httpx.TransportError:
             return None
 
-    def finish(one):
-        """Again and again, as long as the answer is that it is not done."""
-        deadline = time.monotonic() + 60
-        while True:
-            answer = one(second)
-            if answer.is_success:
-                return answer.json()
-            assert answer.status_code == 503, answer.text
-            assert time.monotonic() < deadline, answer.text
-            time.sleep(0.5)
-
     with ThreadPoolExecutor(len(work)) as pool:
         under_way = [pool.submit(attempt, one) for one in work]
-        poll(lambda: len(listed(fleet, "starting")) + len(listed(fleet, "pausing")) >= 3, 20, "work under way")
+        fleet.until(lambda: len(listed(fleet, "starting")) + len(listed(fleet, "pausing")) >= 3, 20, "work under way")
         first.kill()
         died = time.monotonic()
         fleet.plane = second
         fleet.fence()
         answers = [one.result() for one in under_way]
         assert answers.count(None) >= 3
-        done = list(pool.map(finish, work))
-    poll(second.leads, 15 - (time.monotonic() - died), "the lead of the other control plane")
+        done = list(pool.map(partial(finish, second), work))
+    fleet.until(second.leads, 15 - (time.monotonic() - died), "the lead of the other control plane")
     assert [one["status"] for one in done] == ["running"] * 3 + ["paused"] * 2
     assert [one["id"] for one in done[3:]] == running
     made = {one["id"] for one in done[:3]}
@@ -180,22 +181,40 @@ def test_a_control_plane_is_killed_in_the_middle(fleet, poll):
         assert before is None or before.json()["id"] == after["id"]
     assert {create(key, second).json()["id"] for key in keys} == made
     assert {one["id"] for one in fleet.call(200, "GET", "/sandboxes")} == {*made, *running}
-    poll(lambda: len(vmms(fleet)) == len(made), 60, "as many VMs as rows that run")
+    fleet.until(lambda: len(vmms(fleet)) == len(made), 60, "as many VMs as rows that run")
     assert sorted(one for machine in fleet.machines for one in fleet.on(machine)) == sorted({*made, *running})
-    poll(lambda: all(fleet.status(machine) == "online" for machine in fleet.machines), SLOW, "three hosts online")
-    for sandbox in {*made, *running}:
-        fleet.call(204, "DELETE", f"/sandboxes/{sandbox}")
+    assert sorted(audited(fleet, "create")[earlier["create"] :]) == sorted({*made, *running})
+    assert sorted(audited(fleet, "pause")[earlier["pause"] :]) == sorted(running)
+    fleet.until(fleet.is_online, SLOW, "three hosts online")
+    for sandbox in running:
+        assert fleet.call(200, "POST", f"/sandboxes/{sandbox}/resume")["status"] == "running"
+
+
+def finish(plane, request):
+    """Sent again and again, as long as the answer is that it is not done; what it gets in the end."""
+    deadline = time.monotonic() + 60
+    while not (answer := request(plane)).is_success:
+        assert answer.status_code == 503, answer.text
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.5)
+    return answer.json()
 
 
 def listed(fleet, status):
     return fleet.call(200, "GET", "/sandboxes", params={"status": status})
 
 
+def audited(fleet, action):
+    """Ids of sandboxes that the team's trail says this of, oldest first."""
+    query = {"action": action, "resource_type": "sandbox", "limit": 200}
+    return [one["resource_id"] for one in reversed(fleet.call(200, "GET", "/audit-logs", params=query)["items"])]
+
+
 def vmms(fleet):
     return [pid for machine in fleet.machines for pid in machine.vmms()]
 
 
-def test_an_address_is_proven(fleet, told, poll):
+def test_an_address_is_proven(fleet, told):
     """Who registers with the address of a host gets nothing. Who registers with an address from where everything is
     passed on to that host is never online. That host loses nothing."""
     victim = fleet.machines[0]
@@ -220,7 +239,7 @@ def test_an_address_is_proven(fleet, told, poll):
     body = {**claim, "token": token, "address": f"{beside}:{AGENT_PORT}"}
     credentials = fleet.call(201, "POST", "/hosts/register", json=body)
     refusals = f"address_not_proven.*{thief['host']['id'].removeprefix('host-')}"
-    poll(lambda: fleet.plane.said(refusals) >= 3, 2 * ROUND + SLOW, "three attempts to prove the address")
+    fleet.until(lambda: fleet.plane.said(refusals) >= 3, 2 * ROUND + SLOW, "three attempts to prove the address")
     with fleet.http() as client:
         beat = client.post(
             f"{fleet.plane.url}/v1/hosts/{thief['host']['id']}/heartbeat",
@@ -228,21 +247,18 @@ def test_an_address_is_proven(fleet, told, poll):
         )
     assert beat.status_code == 204
     assert fleet.call(200, "GET", f"/hosts/{thief['host']['id']}")["status"] == "pending"
-    made = [fleet.create() for _ in range(3)]  # in turn, to hosts that are proven
-    assert sorted(one for machine in fleet.machines for one in fleet.on(machine)) == sorted(made)
+    there = populate(fleet)  # in turn, to hosts that are proven
+    assert {one["id"] for one in fleet.call(200, "GET", "/sandboxes")} == {one for ones in there for one in ones}
     after = fleet.call(200, "GET", f"/hosts/{victim.host}")
     assert {**after, "last_heartbeat_at": ""} == {**before, "last_heartbeat_at": ""}
     fleet.call(204, "DELETE", f"/hosts/{thief['host']['id']}")
-    for sandbox in made:
-        fleet.call(204, "DELETE", f"/sandboxes/{sandbox}")
 
 
-def test_a_refresh_token_is_stolen(fleet, told, poll):
+def test_a_refresh_token_is_stolen(fleet, told):
     """Thief and host use the same refresh token: neither has credentials any more, and the audit trail says so. The
     host pauses what it has, and goes on as the same host when an operator joins it again with a fresh token."""
     victim = fleet.machines[1]
-    made = [fleet.create() for _ in range(3)]
-    [sandbox] = fleet.on(victim)
+    [_, [sandbox, *_], _] = populate(fleet)
     start_ticking(fleet, sandbox)
     stolen = victim.credentials()
 
@@ -259,41 +275,40 @@ def test_a_refresh_token_is_stolen(fleet, told, poll):
         assert beat.status_code == 401
     [revoked] = [row for row in told(victim.host) if row[1] == "credentials_revoked"]
     assert revoked[2] == "error"
-    poll(lambda: not victim.vmms(), SILENCE + SLOW, "a host that has paused everything")
+    fleet.until(lambda: not victim.vmms(), SILENCE + SLOW, "a host that has paused everything")
     assert fleet.status(victim) == "unreachable"
 
     victim.stop_agent()
     line = fleet.call(201, "POST", f"/hosts/{victim.host}/token")["join_command"]
     victim.type(f"{line} --force")
-    poll(lambda: fleet.status(victim) == "online", 2 * SLOW, "a host that is back")
-    poll(lambda: fleet.sandbox(sandbox) == "paused", 2 * ROUND + SLOW, "a paused row")
+    fleet.until(lambda: fleet.status(victim) == "online", 2 * SLOW, "a host that is back")
+    fleet.until(lambda: fleet.sandbox(sandbox) == "paused", 2 * ROUND + SLOW, "a paused row")
     assert fleet.call(200, "POST", f"/sandboxes/{sandbox}/resume")["status"] == "running"
     assert ticks(fleet, sandbox)
-    for one in made:
-        fleet.call(204, "DELETE", f"/sandboxes/{one}")
 
 
-def test_a_host_is_drained_and_deleted(fleet, told, poll):
+def test_a_host_is_drained_and_deleted(fleet, told):
     """Drained: what runs there is paused and nothing new comes. Deleting is refused while something rests there, and
     the preview says what; forced, it ends with the host, whose agent has nothing left and no credentials."""
     leaving = fleet.machines[2]
-    made = [fleet.create() for _ in range(3)]
-    [sandbox] = fleet.on(leaving)
+    there = populate(fleet)[2]
     assert fleet.call(202, "POST", f"/hosts/{leaving.host}/drain")["status"] == "draining"
-    poll(lambda: fleet.sandbox(sandbox) == "paused", 2 * ROUND + SLOW, "a sandbox put to rest")
+    at_rest = lambda: {fleet.sandbox(one) for one in there} == {"paused"}  # noqa: E731
+    fleet.until(at_rest, 2 * ROUND + SLOW, "sandboxes put to rest")
     assert not leaving.vmms()
-    made += [fleet.create(), fleet.create()]
-    assert fleet.on(leaving) == [sandbox]
-    assert fleet.ask("POST", f"/sandboxes/{sandbox}/resume").status_code in {409, 503}
+    with ThreadPoolExecutor(2) as pool:
+        elsewhere = list(pool.map(lambda _: fleet.create(), range(2)))
+    assert fleet.on(leaving) == there
+    assert fleet.ask("POST", f"/sandboxes/{there[0]}/resume").status_code in {409, 503}
 
     path = f"/hosts/{leaving.host}"
-    assert fleet.call(200, "GET", f"{path}/delete-preview")["sandbox_ids"] == [sandbox]
+    assert fleet.call(200, "GET", f"{path}/delete-preview")["sandbox_ids"] == there
     refused = fleet.call(409, "DELETE", path)["error"]
-    assert (refused["code"], refused["sandbox_ids"]) == ("host_has_sandboxes", [sandbox])
+    assert (refused["code"], refused["sandbox_ids"]) == ("host_has_sandboxes", there)
     fleet.call(204, "DELETE", path, params={"force": "true"})
     assert fleet.ask("GET", path).status_code == 404
-    assert fleet.sandbox(sandbox) in {"stopped", "error"}
-    poll(lambda: not any((leaving.state / "sandboxes").iterdir()), 30, "a host that has nothing left")
-    told_of_it = [(who, action, status) for who, action, status, _ in told(leaving.host)][-2:]
-    assert told_of_it == [(EMAIL, "drain", "info"), (EMAIL, "delete", "warning")]
-    assert all(fleet.sandbox(one) == "running" for one in made if one != sandbox)
+    assert {fleet.sandbox(one) for one in there} == {"stopped"}
+    fleet.until(lambda: not any((leaving.state / "sandboxes").iterdir()), SLOW, "a host that has nothing left")
+    story = [(who, action, status) for who, action, status, _ in told(leaving.host)]
+    assert story[-2:] == [(EMAIL, "drain", "info"), (EMAIL, "delete", "warning")]
+    assert {fleet.sandbox(one) for one in elsewhere} == {"running"}
