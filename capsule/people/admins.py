@@ -1,4 +1,7 @@
-"""Who is a platform admin: for an operator at the machine, not over HTTP. The first one can come from nowhere else."""
+"""Who is a platform admin: for an operator at the machine, not over HTTP. The first one can come from nowhere else.
+
+Every change is in the audit trail, of no team: what was given, or taken, and to whom.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from typing import TYPE_CHECKING, cast
 from capsule import errors
 from capsule.auth.passwords import Passwords, check_length
 from capsule.db.errors import ConstraintViolated
+from capsule.db.queries import audit, users
 from capsule.db.queries import platform as rows
-from capsule.db.queries import users
 from capsule.people.registration import email_address, register
 from capsule.people.views import AdminView
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from capsule.config import Settings
     from capsule.db.connection import Connection
     from capsule.db.pool import Database
+    from capsule.db.queries.users import UserRow
     from capsule.principals import Permission
 
 MAX_NAME = 128
@@ -60,17 +64,47 @@ class Admins:
 
     async def revoke(self, email: str) -> bool:
         """They are none any more; False when they were none. The account stays."""
-        return await self._db.transaction(rows.revoke, email_address(email))
+        return await self._db.transaction(_revoke, email_address(email))
 
 
 async def _promote(tx: Connection, email: str, permissions: Sequence[str]) -> bool:
     user = await users.by_email(tx, email)
     if user is None:
         return False
-    await rows.grant(tx, user.id, permissions)
+    await _grant(tx, user, permissions)
+    return True
+
+
+async def _revoke(tx: Connection, email: str) -> bool:
+    user = await users.by_email(tx, email)
+    permissions = None if user is None else await rows.revoke(tx, user.id)
+    if user is None or permissions is None:
+        return False
+    await _record(tx, user, "admin_revoke", permissions)
     return True
 
 
 async def _create(tx: Connection, *, email: str, name: str, password_hash: str, permissions: Sequence[str]) -> None:
     user = await register(tx, email=email, name=name, password_hash=password_hash)
+    await _grant(tx, user, permissions)
+
+
+async def _grant(tx: Connection, user: UserRow, permissions: Sequence[str]) -> None:
     await rows.grant(tx, user.id, permissions)
+    await _record(tx, user, "admin_grant", permissions)
+
+
+async def _record(tx: Connection, user: UserRow, action: str, permissions: Sequence[str]) -> None:
+    await audit.append(
+        tx,
+        actor_type="system",
+        actor_id=None,
+        actor_name="capsule admin",
+        team_id=None,
+        resource_type="user",
+        resource_id=f"usr-{user.id}",
+        action=action,
+        scope="admin",
+        status="warning",
+        metadata={"permissions": ", ".join(sorted(set(permissions)))},
+    )

@@ -170,10 +170,7 @@ class OAuth:
 
     async def _sign_in(self, provider: str, identity: Identity) -> LoginCode:
         """Sign in whose identity this is, or register them."""
-        try:
-            email = email_address(identity.email)
-        except errors.InvalidRequest as err:
-            raise _Refused("exchange_failed", "the account's e-mail address is not one") from err
+        email = _address_of(identity)
         login = LoginCode(secrets.token_urlsafe(32), secrets.token_urlsafe(32))
         for _ in range(ATTEMPTS):
             try:
@@ -202,15 +199,25 @@ class OAuth:
         return Cookie(name=name, value=value, seconds=seconds, secure=self._secure, strict=strict)
 
 
-async def _admit(tx: Connection, provider: str, identity: Identity, email: str, login: LoginCode) -> None:
-    """A login code for whose identity this is, or for the account that is made for it. An account that has the address
-    is not theirs before its holder says so."""
+def _address_of(identity: Identity) -> str | None:
+    """Verified, and in its one form; None without one."""
+    try:
+        return None if identity.email is None else email_address(identity.email)
+    except errors.InvalidRequest:
+        return None
+
+
+async def _admit(tx: Connection, provider: str, identity: Identity, email: str | None, login: LoginCode) -> None:
+    """A login code for whose identity this is, whatever became of its address; or for the account that is made for it,
+    which takes one. An account that has the address is not theirs before its holder says so."""
     claimed = await rows.claimed(tx, provider=provider, subject=identity.subject, email=email)
     user_id: UUID
     if claimed.identity_of is not None:
         user_id = claimed.identity_of
     elif claimed.address_of is not None:
         raise _Refused("email_taken")
+    elif email is None:
+        raise _Refused("exchange_failed", "somebody new has no verified primary e-mail address, or one that is none")
     else:
         user_id = (await register(tx, email=email, name=identity.name, password_hash=None)).id
         await rows.insert_identity(tx, provider=provider, subject=identity.subject, user_id=user_id)

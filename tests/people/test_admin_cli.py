@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import asyncpg
@@ -17,6 +18,7 @@ import trio
 from agent.actor.settings import SettingsError
 from capsule import errors
 from capsule.db.embedded import dsn_of
+from capsule.db.errors import ConstraintViolated
 from capsule.dev import environments, files
 from capsule.people.admins import Admins
 from tests.fixtures.people import QUICK, SECRET
@@ -197,6 +199,49 @@ def test_the_embedded_database_is_found_while_its_platform_runs(tmp_path, monkey
     assert found["CAPSULE_DATABASE_URL"] == dsn_of(tmp_path / "run")
     assert len(found["CAPSULE_SECRET_KEY"]) == 64
     assert not files.is_locked(tmp_path)
+
+
+def test_what_an_operator_changes_is_on_record(operator, sql):
+    """A row of no team for each change, in the order they were made; none for what changed nothing."""
+    root = ("--email", "root@example.com")
+    for arguments in (
+        ("create", *root, "--name", "Root", "--permission", "hosts", "--password-stdin"),
+        ("create", *root, "--permission", "byoc", "--permission", "hosts"),
+        ("revoke", *root),
+    ):
+        assert operator(*arguments, stdin=f"{PASSWORD}\n")[0] == 0
+    assert operator("revoke", *root)[0] == 1
+    assert operator("revoke", "--email", "nobody@example.com")[0] == 1
+    assert operator("create", "--email", "nobody@example.com")[0] != 0
+    [(root_id,)] = sql("select id from users")
+    assert sql("""
+        select actor_type, actor_name, resource_type, resource_id, scope, status, team_id, action,
+          metadata ->> 'permissions' from audit_logs where action <> 'create' order by created_at
+    """) == [
+        ("system", "capsule admin", "user", f"usr-{root_id}", "admin", "warning", None, action, permissions)
+        for action, permissions in (
+            ("admin_grant", "hosts"),
+            ("admin_grant", "byoc, hosts"),
+            ("admin_revoke", "byoc, hosts"),
+        )
+    ]
+
+
+async def test_an_admin_is_on_record_or_is_none(people):
+    """The row is part of the change: without it there is neither an account nor a permission."""
+    ada = await people.sign_up("Ada")
+    await people.sql("alter table audit_logs add constraint no_grants check (action not like 'admin%') not valid")
+    admins = Admins(people.world.db, people.settings)
+    new = partial(admins.create, email="root@example.com", name="Root", password=PASSWORD)
+    for change in (partial(admins.promote, ada.email), new):
+        with pytest.raises(ConstraintViolated):
+            await change(permissions=["hosts"])
+    assert not await people.sql("select from users where is_admin or email = 'root@example.com'")
+    assert not await people.sql("select from admin_permissions")
+    await people.make_admin(ada, "hosts")
+    with pytest.raises(ConstraintViolated):
+        await admins.revoke(ada.email)
+    assert len(await people.sql("select from users u join admin_permissions p on p.user_id = u.id where is_admin")) == 1
 
 
 async def test_of_two_that_make_the_same_admin_one_is_told(people):

@@ -68,6 +68,21 @@ async def test_a_known_identity_signs_in_by_its_id(people, github, browser, ada)
     assert (await counts(people))[:3] == (1, 1, 1)
 
 
+async def test_a_known_identity_needs_no_address(people, github, browser, ada):
+    """It signs in when its address is not verified any more, is none of ours, or is gone; somebody new does not."""
+    first = await browser.sign_in(github, ada)
+    for changed in (
+        github.account(1815, "ada", email="ada@example.com", verified=False),
+        github.account(1815, "ada", email="other@example.com", primary=False),
+        github.account(1815, "ada", email="\u0130@example.com"),
+        github.account(1815, "ada"),
+    ):
+        again = await Browser(people).sign_in(github, changed)
+        assert (again["user_id"], again["email"]) == (first["user_id"], "ada@example.com")
+    assert await Browser(people).agree(github, github.account(2, "eve")) == {"error": "exchange_failed"}
+    assert (await counts(people))[:3] == (1, 1, 1)
+
+
 async def test_another_identity_with_a_known_address_is_told_so(people, github, browser, ada):
     """An account is never linked silently: neither one with a password, nor one of another identity."""
     await people.sign_up("Ada", email="ada@EXAMPLE.com")
@@ -128,7 +143,7 @@ async def test_the_profiles_address_is_taken_when_it_is_verified(people, github,
         assert (await browser.sign_in(github, account))["email"] == f"{taken}@example.com"
 
 
-@pytest.mark.parametrize("name", [None, "", " \t\0\u200b", "N" * 300, "名前 \x1b[31m", "D'Arcy <b>"])
+@pytest.mark.parametrize("name", [None, "", " \t\0\u200b", "N" * 300, "名前 \x1b[31m", "D'Arcy <b>", "\u3164\u2800"])
 async def test_any_name_makes_an_account(people, github, browser, name):
     """Without characters that cannot be seen or stored, not longer than ours; without one it is the login."""
     auth = await browser.sign_in(github, github.account(7, "log-in", name=name, email="x@example.com"))

@@ -35,8 +35,8 @@ async def spend_state(tx: Connection, sha256: bytes, expires_at: datetime) -> bo
     return first is not None
 
 
-async def claimed(tx: Connection, *, provider: str, subject: str, email: str) -> Claimed:
-    """As of one moment: a registration beside us is seen whole or not at all."""
+async def claimed(tx: Connection, *, provider: str, subject: str, email: str | None) -> Claimed:
+    """As of one moment: a registration beside us is seen whole or not at all. Nobody has the address None."""
     record = await tx.fetchrow(
         """
         select (select user_id from oauth_identities where provider = $1 and subject = $2) as identity_of,

@@ -156,10 +156,8 @@ async def grant(tx: Connection, user_id: UUID, permissions: Sequence[str]) -> No
     )
 
 
-async def revoke(tx: Connection, email: str) -> bool:
-    """They are no platform admin any more; False when they were none."""
-    user_id = await tx.fetchval(
-        "update users set is_admin = false where lower(email) = lower($1) and is_admin returning id", email
-    )
-    await tx.execute("delete from admin_permissions where user_id = $1", user_id)
-    return user_id is not None
+async def revoke(tx: Connection, user_id: UUID) -> list[str] | None:
+    """They are no platform admin any more; returns what they were allowed, None when they were none."""
+    was = await tx.fetchval("update users set is_admin = false where id = $1 and is_admin returning true", user_id)
+    records = await tx.fetch("delete from admin_permissions where user_id = $1 returning permission", user_id)
+    return sorted(record["permission"] for record in records) if was else None

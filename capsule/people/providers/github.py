@@ -96,9 +96,9 @@ class GitHub(Provider):
         return answer.access_token
 
 
-def _verified(user: _User, emails: list[_Email]) -> str:
-    """The profile's address when it is verified, else the primary one if that is. An address that is not verified may
-    be anybody's."""
+def _verified(user: _User, emails: list[_Email]) -> str | None:
+    """The profile's address when it is verified, else the primary one if that is, else None. An address that is not
+    verified may be anybody's."""
     verified = [one for one in emails if one.verified]
     for one in verified:
         if user.email is not None and one.email.lower() == user.email.lower():
@@ -106,7 +106,7 @@ def _verified(user: _User, emails: list[_Email]) -> str:
     for one in verified:
         if one.primary:
             return one.email
-    raise ProviderFailed("the account has no verified primary e-mail address")
+    return None
 
 
 def _name(user: _User) -> str:

@@ -18,10 +18,11 @@ class ProviderFailed(Exception):  # noqa: N818 - named for what happened
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """An account at a provider. `subject`: its id there, which never changes hands. `email`: verified there."""
+    """An account at a provider. `subject`: its id there, which never changes hands. `email`: verified there; None when
+    it has none that is, which keeps it from registering, not from signing in."""
 
     subject: str
-    email: str
+    email: str | None
     name: str
 
 
