@@ -7,6 +7,7 @@ import socket
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,24 +36,25 @@ class Sample:
         return sorted(self.seconds)[int(len(self.seconds) * 0.99) - 1]
 
 
-def request(path: str, **headers: str) -> bytes:
-    """A GET as it goes over the wire."""
+def request(path: str, *, method: str = "GET", **headers: str) -> bytes:
+    """A request without a body, as it goes over the wire."""
     lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: bench", *lines, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: bench", *lines, "", ""]).encode()
 
 
-def load(port: int, pid: int, sent: bytes, *, clients: int, seconds: float, into: Sample) -> None:
-    """One round: so many clients for so long against the server of that process."""
+def load(port: int, pid: int, sent: bytes | Sequence[bytes], *, clients: int, seconds: float, into: Sample) -> None:
+    """One round: so many clients for so long against the server of that process. `sent`: by all of them, or by each."""
     taken: list[list[float]] = [[] for _ in range(clients)]
     failures: list[BaseException] = []
 
-    def client(mine: list[float]) -> None:
+    def client(mine: list[float], sends: bytes) -> None:
         try:
-            _client(port, sent, time.perf_counter() + seconds, mine)
+            _client(port, sends, time.perf_counter() + seconds, mine)
         except BaseException as err:  # noqa: BLE001 - raised again below
             failures.append(err)
 
-    threads = [threading.Thread(target=client, args=(mine,)) for mine in taken]
+    each = [sent] * clients if isinstance(sent, bytes) else sent
+    threads = [threading.Thread(target=client, args=both) for both in zip(taken, each, strict=True)]
     used, began = processor_seconds(pid), time.perf_counter()
     for thread in threads:
         thread.start()
@@ -82,16 +84,15 @@ def _client(port: int, sent: bytes, end: float, taken: list[float]) -> None:
 
 
 def _answer(peer: socket.socket) -> None:
-    """Read one answer; anything but 200 is an error."""
+    """Read one answer; anything but a success is an error."""
     data = peer.recv(65536)
     while b"\r\n\r\n" not in data:
         data += _more(peer)
     head, _, body = data.partition(b"\r\n\r\n")
-    if not head.startswith(b"HTTP/1.1 200"):
+    if not head.startswith(b"HTTP/1.1 20"):
         raise RuntimeError(head.decode(errors="replace"))
-    length = next(
-        int(line.partition(b":")[2]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-le")
-    )
+    lengths = [line.partition(b":")[2] for line in head.split(b"\r\n") if line.lower().startswith(b"content-le")]
+    length = int(lengths[0]) if lengths else 0
     while len(body) < length:
         body += _more(peer)
 

@@ -24,8 +24,9 @@ from types import SimpleNamespace
 from uuid import UUID, uuid4
 
 import httpx
+import msgspec
 import trio
-from closed_loop import processor_seconds
+from closed_loop import Sample, load, processor_seconds, request
 from stage import database, show
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -34,6 +35,13 @@ from agent.actor.logs import configure_logs
 from agent.actor.tls import serve_tls
 from agent.enrol.identity import server_ssl_context
 from agent.enrol.registration import Capacity, ControlPlane
+from agent.net.fake import FakeSlotBackend
+from agent.sandboxes.first_records import first_record
+from agent.sandboxes.made import spec
+from agent.sandboxes.parts import HostParts
+from agent.sandboxes.records import ProcessRecord
+from agent.storage.fake import FakeOverlays
+from agent.vmm.fake import FakeVmDriver
 from agent.wire.calls import CreateSandbox
 from capsule import config, control
 from capsule.db.migrate import migrate
@@ -52,8 +60,8 @@ ROUNDS = 5
 FIRST_PORT = 20_000
 MEMORY = Path("/dev/shm")  # noqa: S108 - nothing of this is to be synced to a disk
 PATCH = SimpleNamespace(setattr=setattr)
-DECIDE_SECONDS, BEAT_SECONDS = 4.0, 6.0
-BEATERS, ASKERS = 16, 32
+DECIDE_SECONDS, BEAT_SECONDS = 4.0, 1.0
+BEATERS, BEAT_ROUNDS, ASKERS = 8, 8, 32
 
 
 # the process of the hosts
@@ -71,27 +79,25 @@ async def _run_hosts(orders: dict) -> None:
         lives = []
         for number, token in enumerate(orders["tokens"]):
             host = DaemonHost(Path(orders["directory"]) / str(number))
-            lives.append(await _join(host, number, token, control_plane, nursery))
+            lives.append(
+                await _join(host, orders["sandboxes"][number], FIRST_PORT + number, token, control_plane, nursery)
+            )
         print(
             json.dumps([{"id": one.credentials.host_id, "token": one.credentials.token} for one in lives]), flush=True
         )
-        for names, life in zip(orders["sandboxes"], lives, strict=True):
-            for name in names:
-                sandbox = await life.manager.create(
-                    CreateSandbox(sandbox_id=name, template="minimal", vcpus=1, memory_mb=512, hostname="sb")
-                )
-                await sandbox.started.wait()
         print("ready", flush=True)
         await trio.sleep_forever()
 
 
 async def _join(
-    host: DaemonHost, number: int, token: str, control_plane: ControlPlane, nursery: trio.Nursery
+    host: DaemonHost, sandboxes: list[str], port: int, token: str, control_plane: ControlPlane, nursery: trio.Nursery
 ) -> Daemon:
+    """Register, then adopt sandboxes that run there since before our time, then serve."""
     capacity = Capacity(arch="x86_64", cpu_cores=64, memory_mb=host.memory_mb, disk_gb=10_000)
-    port = FIRST_PORT + number
     credentials = await control_plane.register(token, f"127.0.0.1:{port}", capacity)
     life = Daemon(host, control_plane, credentials)
+    for slot, name in enumerate(sandboxes, 1):
+        await _leave_running(host, life.parts, name, slot)
     nursery.start_soon(life.run)
     await life.serving.wait()
     context = server_ssl_context(credentials)
@@ -102,6 +108,19 @@ async def _join(
 
     await nursery.start(partial(serve_tls, serve, host="127.0.0.1", port=port, context=context))
     return life
+
+
+async def _leave_running(host: DaemonHost, parts: HostParts, name: str, slot: int) -> None:
+    """What an earlier agent would have left of a sandbox: its VM, its slot, its disk, its record."""
+    request = CreateSandbox(sandbox_id=name, template="minimal", vcpus=1, memory_mb=512, hostname="sb")
+    record = msgspec.structs.replace(first_record(parts, request), phase="running", slot=slot)
+    parts.state.save(record)
+    await FakeSlotBackend.create(host.slots, slot)
+    machine = spec(parts, record, tap_fd=-1)
+    await FakeOverlays.create(host.overlays, machine.base, machine.disk, record.disk_mb)
+    vm = await FakeVmDriver.boot(host.vms, machine)
+    process = ProcessRecord(vm.process.pid, vm.process.start_time)
+    parts.state.save(msgspec.structs.replace(record, process=process, started_at=time.time()))
 
 
 # the process of the control plane
@@ -231,23 +250,16 @@ async def decisions(db, seconds):
     return made / seconds
 
 
-async def heartbeats(url, hosts, pid, seconds):
-    """A second, through HTTP; and the processor time of one."""
-    made, used = 0, processor_seconds(pid)
-
-    async def beat(mine):
-        nonlocal made
-        async with ControlPlane(url) as client:
-            while True:
-                for host in mine:
-                    await client.heartbeat(SimpleNamespace(host_id=host["id"], token=host["token"]))
-                    made += 1
-
-    with trio.move_on_after(seconds):
-        async with trio.open_nursery() as nursery:
-            for number in range(min(BEATERS, len(hosts))):
-                nursery.start_soon(beat, hosts[number::BEATERS])
-    return made / seconds, (processor_seconds(pid) - used) / made
+def heartbeats(port, hosts, pid):
+    """A second, through HTTP, of clients that are a host each; and the processor time of one."""
+    sample = Sample()
+    sent = [
+        request(f"/v1/hosts/{host['id']}/heartbeat", method="POST", X_Host_Token=host["token"], Content_Length="0")
+        for host in hosts[:BEATERS]
+    ]
+    for _ in range(BEAT_ROUNDS):
+        load(port, pid, sent, clients=len(sent), seconds=BEAT_SECONDS, into=sample)
+    return sample.rate, sample.cost
 
 
 def memory_mib(pid: int) -> float:
@@ -284,10 +296,10 @@ async def measure(count: int) -> dict[str, float]:
             await until(db, "select count(*) from hosts where status = 'online'", count)
             await trio.to_thread.run_sync(fleet.stdout.readline)  # it is ready
             await until(db, "select count(*) from sandboxes where status = 'running'", count * SANDBOXES)
-            return await figures(db, settings.url, hosts, plane, empty)
+            return await figures(db, port, hosts, plane, empty)
 
 
-async def figures(db, url, hosts, plane, empty):
+async def figures(db, port, hosts, plane, empty):
     """Of a fleet that is at peace."""
     rounds = []
     for _ in range(ROUNDS):
@@ -300,7 +312,7 @@ async def figures(db, url, hosts, plane, empty):
     idle = processor_seconds(plane.pid)
     await trio.sleep(10)
     idle = (processor_seconds(plane.pid) - idle) / 10
-    beats, cost = await heartbeats(url, hosts, plane.pid, BEAT_SECONDS)
+    beats, cost = await trio.to_thread.run_sync(heartbeats, port, hosts, plane.pid)
     return {
         "round": statistics.median(seconds for seconds, _ in rounds),
         "round_processor": statistics.median(processor for _, processor in rounds),
@@ -339,7 +351,7 @@ def report(count: int, one: dict[str, float], base: dict[str, float] | None) -> 
     print(f"{count} hosts with {SANDBOXES} sandboxes each", flush=True)
     growing("  monitor: every host listed and compared", "round", "ms", 1000)
     growing("  monitor: processor time of that", "round_processor", "ms", 1000)
-    growing("  processor share of a fleet at peace", "idle", "")
+    growing("  processor time of a fleet at peace, a second", "idle", "ms", 1000)
     steady("  scheduler: decisions", "decisions", "/s")
     steady("  heartbeats through HTTP", "beats", "/s")
     steady("  processor time of one", "beat_processor", "us", 1e6)
