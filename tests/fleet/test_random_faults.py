@@ -90,7 +90,13 @@ class Game:
         assert await wait_for(listed, 60), "not every host was listed within a minute"
 
 
-async def test_every_promise_holds_after_every_round(virtual_clock, fleet, real_bound, postgres_server, capsys):
+@pytest.fixture
+def real_seconds():
+    """For all rounds, on a machine that others use, too."""
+    return 120.0 + 30.0 * ROUNDS
+
+
+async def test_every_promise_holds_after_every_round(virtual_clock, fleet, postgres_server, capsys):
     """One host per sandbox, no snapshot lost, no ghost, no two owners, rows as their hosts within two rounds of the
     monitor, nothing made twice for one key, and for every request an answer."""
 
@@ -99,7 +105,6 @@ async def test_every_promise_holds_after_every_round(virtual_clock, fleet, real_
             sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
 
-    real_bound(60 + 30 * ROUNDS)
     fleet.settings = msgspec.structs.replace(
         fleet.settings, create_timeout=20, pause_timeout=20, resume_timeout=20, call_timeout=10
     )
