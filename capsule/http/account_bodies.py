@@ -8,11 +8,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from capsule.http import ids
 from capsule.http.answers import Timestamp, given, timestamp
-from capsule.http.fields import END, NO_NUL
+from capsule.http.fields import NO_NUL, Name
 from capsule.people.views import AccountView, Authenticated
 from capsule.principals import PERMISSIONS, Permission, Role
-
-NAME = rf"^(?=[\s\S]*\S)[^\u0000-\u001f\u007f]*{END}"
 
 Email = Annotated[str, Meta(min_length=3, max_length=320, pattern=NO_NUL, description="An e-mail address.")]
 NewEmail = Annotated[Email, Meta(extra_json_schema={"format": "email"})]
@@ -27,9 +25,7 @@ Password = Annotated[
 ]
 GivenPassword = Annotated[str, Meta(max_length=1024, pattern=NO_NUL)]
 """One to be checked: whether it would do as a new one is nobody's business."""
-Name = Annotated[
-    str, Meta(min_length=1, max_length=128, pattern=NAME, description="How people call you; no control characters.")
-]
+
 TeamId = Annotated[str, Meta(pattern=ids.TEAM_FORM)]
 
 

@@ -29,12 +29,7 @@ LastUsed = Annotated[Timestamp | UnsetType, Meta(description="To the minute; abs
 class CreateApiKeyBody(Struct, kw_only=True, forbid_unknown_fields=True):
     """A key to be made."""
 
-    name: Annotated[
-        str,
-        Meta(
-            min_length=1, max_length=128, pattern=fields.NO_NUL, description="What it is for; the audit trail says it."
-        ),
-    ]
+    name: Annotated[fields.Name, Meta(description="What it is for; the audit trail says it.")]
 
 
 class ListApiKeysQuery(Struct, kw_only=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from agent.wire.calls import MIN_MEMORY_MB
 from capsule.http import ids
+from capsule.people.names import MAX_NAME, NAME
 
 MAX_TIMEOUT = 31_536_000
 """Seconds a sandbox may idle: a year."""
@@ -102,6 +103,17 @@ ExecTimeoutSec = Annotated[
 Signal = Annotated[
     str, Meta(pattern=SIGNAL, description="A Linux signal by number (1 to 64) or by name, as in `SIGTERM`.")
 ]
+Name = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=MAX_NAME,
+        pattern=NAME,
+        description="One line that is seen: no control characters, nothing that turns the direction of writing, not "
+        "blanks alone.",
+    ),
+]
+"""Of a person, or of a person's API key."""
 Limit = Annotated[int, Meta(ge=1, le=200, description="Items on a page.")]
 PemText = Annotated[str, Meta(min_length=1, max_length=16_384, pattern=NO_NUL)]
 TokenText = Annotated[str, Meta(min_length=1, max_length=8192, pattern=NO_NUL)]

@@ -13,6 +13,7 @@ from capsule.auth.passwords import Passwords, check_length
 from capsule.db.errors import ConstraintViolated
 from capsule.db.queries import audit, users
 from capsule.db.queries import platform as rows
+from capsule.people.names import check_name
 from capsule.people.registration import email_address, register
 from capsule.people.views import AdminView
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from capsule.db.pool import Database
     from capsule.db.queries.users import UserRow
     from capsule.principals import Permission
-
-MAX_NAME = 128
 
 
 class Admins:
@@ -43,8 +42,7 @@ class Admins:
         """An account with its own team, and permissions. EmailTaken, InvalidRequest."""
         address = email_address(email)
         check_length(password, "password")
-        if not 1 <= len(name) <= MAX_NAME or not name.isprintable() or not name.strip():
-            raise errors.InvalidRequest(f"name: 1 to {MAX_NAME} printable characters.", field="name")
+        check_name(name)
         password_hash = await Passwords(self._settings).hash(password)
         try:
             await self._db.transaction(

@@ -7,6 +7,7 @@ from urllib.parse import urlencode
 
 from msgspec import Meta, Struct
 
+from capsule.people.names import MAX_NAME, is_name
 from capsule.people.providers.answers import ask
 from capsule.people.providers.provider import Attempt, Identity, Provider, ProviderFailed
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 SCOPE = "user:email"
 API_VERSION = "2022-11-28"
-NAME_LENGTH = 128
 
 Text = Annotated[str, Meta(min_length=1, max_length=1024)]
 
@@ -112,7 +112,7 @@ def _verified(user: _User, emails: list[_Email]) -> str | None:
 def _name(user: _User) -> str:
     """What they call themselves, without characters that nobody sees; else their login."""
     for text in (user.name or "", user.login):
-        shown = "".join(c for c in text if c.isprintable()).strip()[:NAME_LENGTH]
-        if shown:
+        shown = "".join(c for c in text if c.isprintable()).strip()[:MAX_NAME]
+        if is_name(shown):
             return shown
     raise ProviderFailed("the account has no name")
