@@ -352,8 +352,13 @@ class Stage:
         return self.call(200, "GET", f"/hosts/{machine.host}/delete-preview")["sandbox_ids"]
 
     def cut(self, *machines):
-        """Nothing passes between these machines and the control planes; without any, everything does."""
+        """Nothing passes between these machines and the control planes."""
         self._cut = [machine.address for machine in machines]
+        self.fence()
+
+    def connect(self):
+        """Everybody reaches everybody, and nobody is taken for another."""
+        self._cut, self._relay = [], ""
         self.fence()
 
     def relay(self, address, machine):

@@ -27,10 +27,11 @@ LOST = "its control plane was lost"
 
 
 @pytest.fixture(autouse=True)
-def _complaints(request, fleet):
-    """With a failure, what the programs said."""
+def _reset(request, fleet):
+    """All is connected for the next test; with a failure, what the programs said."""
     failed = request.session.testsfailed
     yield
+    fleet.connect()
     if request.session.testsfailed > failed:
         print(fleet.complaints())  # noqa: T201 - shown by pytest
 
@@ -74,7 +75,10 @@ def ticks(fleet, sandbox):
 
 
 def populate(fleet):
-    """A sandbox on every host, where there was none; what is there, in the order of the machines."""
+    """A running sandbox on every host, where there was none; what is there, in the order of the machines."""
+    for one in fleet.call(200, "GET", "/sandboxes"):
+        if one["status"] != "running":
+            fleet.call(204, "DELETE", f"/sandboxes/{one['id']}")
     for _ in range(3):
         empty = [machine for machine in fleet.machines if not fleet.on(machine)]
         with ThreadPoolExecutor(3) as pool:
@@ -111,7 +115,7 @@ def test_a_host_is_cut_off_and_comes_back(fleet, told):
     assert fleet.exec(min(others), "echo on") == "on\n"
     fleet.until(lambda: not lost.vmms(), SILENCE + SLOW, "a host that has paused everything")
 
-    fleet.cut()
+    fleet.connect()
     fleet.until(lambda: fleet.status(lost) == "online", SLOW, "a host marked up")
     fleet.until(lambda: {fleet.sandbox(sandbox) for sandbox in cut_off} == {"paused"}, 2 * ROUND + SLOW, "paused rows")
     for sandbox in cut_off:
