@@ -266,9 +266,10 @@ async def test_counting_for_a_quota_is_one_after_the_other(db: Database, team: T
 
 
 async def test_users_and_teams(db: Database, team: TeamRow):
-    """An account is found in any case; a team has its slug, owner and limits until it is deleted."""
+    """An account is found by its address, in small letters; a team has its slug, owner and limits until it is deleted."""
     user = await db.transaction(lambda tx: users.insert(tx, email="Ada@Example.com", name="Ada", password_hash="h"))
-    assert await db.run(users.by_email, "ada@example.COM") == user
+    assert await db.run(users.by_email, "ada@example.com") == user
+    assert await db.run(users.by_email, "Ada@Example.com") is None
     assert await db.run(users.get, user.id) == user
     assert user.sessions_valid_from is None
     assert await db.run(teams.get, team.id) == team
