@@ -266,7 +266,7 @@ async def test_counting_for_a_quota_is_one_after_the_other(db: Database, team: T
 
 
 async def test_users_and_teams(db: Database, team: TeamRow):
-    """An account is found by its address, in small letters; a team has its slug, owner and limits until it is deleted."""
+    """An account is found by its address, in small letters; a team has slug, owner and limits until it is deleted."""
     user = await db.transaction(lambda tx: users.insert(tx, email="Ada@Example.com", name="Ada", password_hash="h"))
     assert await db.run(users.by_email, "ada@example.com") == user
     assert await db.run(users.by_email, "Ada@Example.com") is None
