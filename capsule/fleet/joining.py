@@ -3,7 +3,7 @@ fresh token, or its deletion, makes up for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from shlex import quote
 from typing import TYPE_CHECKING, Protocol, cast
 from uuid import UUID, uuid4
@@ -60,11 +60,12 @@ class Joiner:
 
 async def _create(tx: Connection, user: User, wanted: WantedHost, key: str | None) -> FleetHost:
     team_id = await _allowed_team(tx, user, wanted)
-    host_id, asked = uuid4(), (ENDPOINT, wanted)
+    # Whose it is belongs to the request: the same body sent from a session of another team asks for another host.
+    host_id, asked = uuid4(), (ENDPOINT, replace(wanted, team_id=team_id))
     if key is not None:
         taken = await idempotency.claim(tx, user.id, key, fingerprint(asked), host_id, endpoint=ENDPOINT)
         if taken is not None:
-            return _made_before(await fleet.find(tx, same_request(taken, asked), user.id))
+            return _made_before(await fleet.find(tx, same_request(taken, asked), user.id), team_id)
     if team_id is not None and await fleet.count(tx, team_id) >= MAX_HOSTS:
         raise errors.QuotaExceeded(f"a team may have {MAX_HOSTS} hosts; delete one first", limit="max_hosts")
     await fleet.insert(
@@ -100,8 +101,9 @@ async def _allowed_team(tx: Connection, user: User, wanted: WantedHost) -> UUID 
     return team_id
 
 
-def _made_before(host: SeenHostRow | None) -> FleetHost:
-    if host is None:
+def _made_before(host: SeenHostRow | None, team_id: UUID | None) -> FleetHost:
+    """The host that the key stands for, if it is `team_id`'s: whose rights were just looked at."""
+    if host is None or host.team_id != team_id:
         raise errors.Conflict("the host that this request made was deleted; use a new Idempotency-Key")
     if host.credential_epoch:
         raise errors.Conflict(

@@ -121,6 +121,24 @@ async def test_sent_again_with_its_key(people, keeper):
     assert row["count"] == 1
 
 
+async def test_a_key_stands_for_a_host_of_one_team(people, byoc):
+    """Sent again from a session of another team it asks for another host: who was removed from the first team gets no
+    token of its host, neither without a role there nor by having one elsewhere."""
+    headers, other = {"Idempotency-Key": "k"}, await people.team_of_three("Hopper")
+    await people.sql("update teams set is_byoc = true where id = $1", other.id)
+    await people.join(other.id, byoc.admin, "admin")
+    elsewhere, body = people.at(other.id, byoc.admin), {"type": "byoc"}
+    made = (await byoc.admin.post(PATH, body, headers=headers)).json()
+    named = await byoc.admin.post(PATH, {**body, "team_id": byoc.wire_id}, headers=headers)
+    assert named.json()["host"]["id"] == made["host"]["id"]
+    gone = await byoc.owner.delete(f"/v1/teams/{byoc.wire_id}/members/{byoc.admin.wire_id}")
+    assert gone.status_code == 204
+    refusal(await elsewhere.post(PATH, body, headers=headers), 409, "idempotency_key_reused")
+    refusal(await elsewhere.post(PATH, {**body, "team_id": byoc.wire_id}, headers=headers), 404, "not_found")
+    answer = await people.nobody.post(f"{PATH}/register", registration(named.json()["registration_token"]))
+    assert answer.status_code == 201
+
+
 async def test_who_sees_which(people, keeper, byoc):
     """Platform admins all, with whose they are; others their session's team's, in any role; none learns of the rest."""
     regular = (await make(keeper))["host"]["id"]
