@@ -20,6 +20,7 @@ from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.led import LedDatabase
 from capsule.db.queries import audit, fleet, hosts, idempotency, rate_limits, sandboxes, sessions
 from capsule.monitor.host import HostFollower
+from capsule.monitor.silence import Silence
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,9 +43,6 @@ LEAD_KEY = "monitor"
 INTERVAL = 5.0
 OVERDUE_MARGIN = timedelta(seconds=10)
 """Beyond a row's own deadline: whoever works on it has given up by then."""
-HEARTBEAT_MARGIN = 10.0
-"""Seconds a heartbeat may take. When all control planes were away, nobody could be heard: silence counts only after one
-interval, and this, of listening."""
 LISTED_WITHIN = 30.0
 """Seconds since its last listing in which a host without heartbeats is not taken for one that is away."""
 AFTER_A_BUG = RestartPolicy(restarts=5, within=120.0)
@@ -59,10 +57,9 @@ class Monitor:
         """`pause` puts what runs on a host that is drained to rest."""
         self._db = self._led = db
         self._links = links
-        self._settings = settings
+        self._silence = Silence(settings.heartbeat_timeout)
         self._pause = pause
         self._followers: dict[UUID, tuple[trio.CancelScope, HostFollower]] = {}
-        self._listens_since = 0.0
         self.leading = False
         self._nudged = trio.Event()
 
@@ -85,7 +82,6 @@ class Monitor:
         log.info("monitor_leads")
         self.leading = True
         self._led = LedDatabase(self._db, lease)
-        self._listens_since = trio.current_time()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lease.keep)
@@ -114,11 +110,12 @@ class Monitor:
     async def _look(self, nursery: trio.Nursery) -> None:
         """One round over all hosts and all overdue rows; one that the database refuses does not hold up the others."""
         live = await self._led.run(_registered)
+        self._silence.look(live)
         self._follow(live, nursery)
         for host in live:
             if (status := self._verdict(host)) != host.status:
                 await self._write(_mark, host, status)
-            elif (host.status == "unreachable" or self._lost(host)) and not self._lists(host.id):
+            elif (host.status == "unreachable" or self._silence.is_lost(host.id)) and not self._lists(host.id):
                 await self._write(_sweep, host)
         for row in await self._led.run(sandboxes.overdue, datetime.now(UTC) - OVERDUE_MARGIN):
             await self._write(_end_overdue, row)
@@ -155,18 +152,10 @@ class Monitor:
     def _verdict(self, host: HostRow) -> str:
         """The status a host should have: one that is silent is unreachable, one that is heard again is online if it is
         proven to be where it says. One that is drained stays so."""
-        if host.status == "online" and self._lost(host):
+        if host.status == "online" and self._silence.is_lost(host.id):
             return "unreachable"
-        return "online" if host.status == "unreachable" and host.proven and not self._silent(host) else host.status
-
-    def _silent(self, host: HostRow) -> bool:
-        heard = host.last_heartbeat or host.created_at
-        return datetime.now(UTC) - heard > timedelta(seconds=self._settings.heartbeat_timeout)
-
-    def _lost(self, host: HostRow) -> bool:
-        """Whether a host is silent that could have been heard."""
-        listened = trio.current_time() - self._listens_since
-        return self._silent(host) and listened > self._settings.heartbeat_interval + HEARTBEAT_MARGIN
+        back = host.status == "unreachable" and host.proven and self._silence.is_heard(host.id)
+        return "online" if back else host.status
 
 
 async def _run_in(scope: trio.CancelScope, follower: HostFollower) -> None:
