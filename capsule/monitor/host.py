@@ -24,6 +24,7 @@ from agent.wire.lifecycle import FINAL, TRANSITIONAL, Status
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import audit, sandboxes, templates
 from capsule.hosts.answers import parse_answer
+from capsule.monitor.contained import contained
 from capsule.monitor.copies import CopyKeeper
 from capsule.monitor.drain import Drainer
 from capsule.monitor.news import News
@@ -173,8 +174,8 @@ class HostFollower:
         """End sandboxes that no row needs: at once when the row has ended, after a grace when there is none. What rests
         is the only copy of something: it stays, unless a user ended it or it never was anybody's."""
         now = trio.current_time()
-        self._kept &= found & resting
-        first = sorted(found, key=lambda one: (one in resting, one in self._kept, one not in self._strangers, one))
+        self._kept &= found
+        first = sorted(found, key=lambda one: (one in self._kept, one in resting, one not in self._strangers, one))
         self._strangers = {one: self._strangers.get(one, now) for one in first[:MAX_AT_ONCE]}
         rows = await self._db.run(sandboxes.get_many, self._strangers.keys()) if self._strangers else {}
         for sandbox, since in self._strangers.items():
@@ -182,34 +183,56 @@ class HostFollower:
             if row is not None and row.status not in FINAL and row.host_id == self._host:
                 continue  # committed after the rows were read
             if sandbox in resting and only_copy(row):
-                self._keep(sandbox, row)
+                self._keep("stray_rest_kept", sandbox, row.status if row else None)
+                continue
+            if row is not None and row.status not in FINAL and row.started_at is not None and sandbox not in resting:
+                # The leftover of a create that was moved; or the VM itself, on a machine that is another host by now.
+                if sandbox not in self._kept or now - since >= STRANGER_GRACE:
+                    self._end(sandbox, "it lives on another host", endings, elsewhere=row)
                 continue
             grace = RESTING_GRACE if sandbox in resting else STRANGER_GRACE
             meant = row is not None and (row.status == Status.STOPPED or sandbox not in resting)
             if meant or now - since >= grace:
                 self._end(sandbox, "its row has ended" if row else "it has no row", endings)
 
-    def _keep(self, sandbox: UUID, row: SandboxRow | None) -> None:
+    def _keep(self, event: str, sandbox: UUID, status: str | None) -> None:
         """Said once; only people can tell what it is for."""
         if sandbox not in self._kept:
             self._kept.add(sandbox)
-            log.warning("stray_rest_kept", sandbox_id=str(sandbox), status=None if row is None else row.status)
+            log.warning(event, sandbox_id=str(sandbox), status=status)
 
-    def _end(self, sandbox: UUID, why: str, endings: trio.Nursery) -> None:
+    def _end(self, sandbox: UUID, why: str, endings: trio.Nursery, elsewhere: SandboxRow | None = None) -> None:
         """Beside everything else: one that does not end must not hold up the rows of the others."""
         if sandbox not in self._ending and len(self._ending) < MAX_AT_ONCE:
             self._ending.add(sandbox)
-            endings.start_soon(self._destroy, sandbox, why)
+            endings.start_soon(self._destroy, sandbox, why, elsewhere)
 
-    async def _destroy(self, sandbox: UUID, why: str) -> None:
-        log.warning("stray_vm_destroyed", sandbox_id=str(sandbox), why=why)
+    @contained
+    async def _destroy(self, sandbox: UUID, why: str, elsewhere: SandboxRow | None) -> None:
+        """`elsewhere`: the row that says so; only if its host says so, too."""
         body = calls.body_of(calls.SandboxRef(sandbox_id=str(sandbox)))
         try:
+            if elsewhere is not None and not await self._is_at(elsewhere.host_id, sandbox):
+                self._keep("stray_vm_kept", sandbox, elsewhere.status)
+                self._strangers[sandbox] = trio.current_time()  # asked again after another grace
+                return
+            log.warning("stray_vm_destroyed", sandbox_id=str(sandbox), why=why)
             await self._links.call(self._host, "sandbox.destroy", body, timeout=CALL_TIMEOUT)
         except Fault as fault:
             log.warning("stray_vm_stays", sandbox_id=str(sandbox), code=fault.code, message=fault.message)
         finally:
             self._ending.discard(sandbox)
+
+    async def _is_at(self, host: UUID | None, sandbox: UUID) -> bool:
+        """Whether another host says that it has it; one that does not answer says nothing."""
+        if host is None:
+            return False
+        try:
+            answer = await self._links.call(host, "host.list", {}, timeout=CALL_TIMEOUT)
+            listing = parse_answer(calls.HostListing, answer)
+        except Fault:
+            return False
+        return sandbox in {UUID(one) for one in (*(vm.sandbox_id for vm in listing.sandboxes), *listing.paused)}
 
 
 async def _upsert_base(tx: Connection, name: str, size_bytes: int) -> None:

@@ -169,6 +169,27 @@ async def test_a_vm_whose_row_is_of_another_host(virtual_clock, world, agent, fo
     assert agent.outbox == []
 
 
+async def test_a_vm_on_a_machine_that_became_another_host(virtual_clock, world, agent, follow):
+    """Its row is of a host that does not have it, or does not answer: this may be the VM itself, and it stays. Once
+    that host has it, or the row has ended, it goes."""
+    other = await world.add_host()
+    moved, ended = [await world.insert(other, "running") for _ in range(2)]
+    for one in (moved, ended):
+        agent.add_vm(one.id)
+    other.cut_off()
+    await follow()
+    await trio.sleep(STRANGER_GRACE + 2 * INTERVAL)
+    assert len(agent.vms) == 2
+    other.come_back()
+    await trio.sleep(2 * STRANGER_GRACE)
+    assert len(agent.vms) == 2
+    assert sum(method == "host.list" for method, _ in other.asked) < 10
+    other.add_vm(moved.id)
+    await world.sql("update sandboxes set status = 'error', generation = 4, host_ip = null where id = $1", ended.id)
+    await trio.sleep(STRANGER_GRACE + 2 * INTERVAL)
+    assert (agent.vms, list(other.vms)) == ({}, [str(moved.id)])
+
+
 async def test_a_destroy_that_nobody_finished(virtual_clock, world, agent, follow, status):
     """Somebody is at work until the deadline; then it is ours."""
     row = await world.insert(agent, "stopping", deadline=timedelta(seconds=20))
