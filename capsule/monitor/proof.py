@@ -46,14 +46,14 @@ async def prove_address(host: UUID, db: Database, links: HostLinks) -> bool:
             return True
         refusal = await _try(row, db, links)
         if refusal is None:
-            continue
+            return True
         failures += 1
         log.warning("address_not_proven", host_id=str(host), address=row.address, reason=refusal, failures=failures)
         await trio.sleep(BACKOFF.delay(failures))
 
 
 async def _try(row: HostRow, db: Database, links: HostLinks) -> str | None:
-    """One dial; why the address is not proven, or None when the row has changed."""
+    """One dial; why the address is not proven, or None when it is."""
     try:
         endpoint = await links.reach(row.id, timeout=TIMEOUT)
     except Fault as fault:
@@ -62,15 +62,18 @@ async def _try(row: HostRow, db: Database, links: HostLinks) -> str | None:
         links.forget(row.id)  # of an earlier registration
         return "the connection is an earlier registration's"
     try:
-        await db.transaction(_prove, row, endpoint)
+        proven = await db.transaction(_prove, row, endpoint)
     except ConstraintViolated as err:
         if err.name != ADDRESS_KEY:
             raise
         return "another host is proven to be there; delete that one if it is no more"
+    if not proven:
+        links.forget(row.id)  # what was dialled may be no more what is on the row
+        return "the host's row was changed meanwhile"
     return None
 
 
-async def _prove(tx: Connection, row: HostRow, endpoint: Endpoint) -> None:
+async def _prove(tx: Connection, row: HostRow, endpoint: Endpoint) -> bool:
     proven = await hosts.prove(
         tx,
         row.id,
@@ -81,7 +84,7 @@ async def _prove(tx: Connection, row: HostRow, endpoint: Endpoint) -> None:
         cert_fingerprint=endpoint.fingerprint,
     )
     if proven is None:
-        return
+        return False
     if row.status == "unreachable":
         await audit.append(
             tx,
@@ -95,3 +98,4 @@ async def _prove(tx: Connection, row: HostRow, endpoint: Endpoint) -> None:
             scope="admin",
         )
     log.info("host_address_proven", host_id=str(row.id), address=endpoint.address, status=proven.status)
+    return True

@@ -9,6 +9,7 @@ import trio
 from capsule import control
 from capsule.db.queries import hosts
 from capsule.monitor import proof
+from tests.fixtures import fleet
 
 HERE = "192.0.2.7:7443"
 ELSEWHERE = "192.0.2.8:7443"
@@ -190,3 +191,25 @@ async def test_one_that_is_drained_stays_so(virtual_clock, world, leader, wait_f
     agent.come_back()
     await trio.sleep(60)
     assert await status_of(world, host) == "draining"
+
+
+async def test_a_certificate_renewed_after_the_dial(virtual_clock, world, monkeypatch):
+    """The connection proves nothing any more: it is dialled again, once, after a pause."""
+    plane = await world.control_plane()
+    host = await world.register(HERE)
+    world.put(host, HERE)
+    await plane.links.reach(host, timeout=5)
+    await world.db.transaction(hosts.pin_certificate, host, "e" * 64)
+    monkeypatch.setattr(fleet, "certificate", lambda _: "e" * 64)
+    reads = []
+    get = hosts.get
+
+    async def counted(tx, one):
+        reads.append(one)
+        return await get(tx, one)
+
+    monkeypatch.setattr(hosts, "get", counted)
+    with trio.fail_after(1):
+        assert await proof.prove_address(host, world.db, plane.links)
+    assert len(reads) <= 6
+    assert await status_of(world, host) == "online"
