@@ -16,6 +16,7 @@ from agent.wire import calls
 from agent.wire.faults import Fault
 from capsule.db.errors import DatabaseUnavailable
 from capsule.db.queries import templates
+from capsule.monitor.contained import contained
 
 if TYPE_CHECKING:
     from agent.wire.calls import HostListing
@@ -80,6 +81,7 @@ class CopyKeeper:
             self._removing.add(snapshot)
             nursery.start_soon(self._take_back, snapshot, there)
 
+    @contained
     async def _take_back(self, snapshot: UUID, there: bool) -> None:
         try:
             if there:

@@ -18,6 +18,7 @@ from agent.wire.lifecycle import Status
 from capsule.db.errors import DatabaseUnavailable
 from capsule.db.queries import hosts
 from capsule.errors import CapsuleError
+from capsule.monitor.contained import contained
 
 if TYPE_CHECKING:
     from capsule.db.pool import Database
@@ -59,6 +60,7 @@ class Drainer:
         for _ in range(min(AT_ONCE - len(self._busy), len(self._waiting))):
             nursery.start_soon(self._work, self._take())
 
+    @contained
     async def _work(self, row: SandboxRow | None) -> None:
         while row is not None:
             try:

@@ -68,3 +68,24 @@ async def test_a_bug_with_one_host_is_not_the_end(virtual_clock, world, agent, f
     monkeypatch.setattr(module, "plan", buggy)
     await follow()
     await status(row.id, "error", 30)
+
+
+async def test_a_bug_beside_a_follower_is_not_the_end(virtual_clock, world, agent, plane, follow, status, monkeypatch):
+    """In ending what nobody needs: logged; the rows go on, and the next round tries again."""
+    stray, row = await world.insert(agent, "stopped"), await world.insert(agent, "running")
+    agent.add_vm(stray.id)
+    agent.add_vm(row.id)
+    failures = [RuntimeError("bug")] * 3
+    call = plane.links.call
+
+    async def buggy(host, method, *args, **kwargs):
+        if method == "sandbox.destroy" and failures:
+            raise failures.pop()
+        return await call(host, method, *args, **kwargs)
+
+    monkeypatch.setattr(plane.links, "call", buggy)
+    await follow()
+    agent.die(row.id)
+    await status(row.id, "error", 5)
+    await trio.sleep(30)
+    assert (failures, agent.vms) == ([], {})
