@@ -35,6 +35,7 @@ from agent.config import PREFIX
 from agent.enrol.address import choose_address, join_address, listen_at
 from agent.enrol.credentials import Credentials, CredentialsFile
 from agent.enrol.heartbeat import Heartbeat
+from agent.enrol.host_id import HostIdFile
 from agent.enrol.identity import install_certificate, is_control_plane, server_ssl_context
 from agent.enrol.joining import Joining, check_unregistered, register
 from agent.enrol.registration import Capacity, ControlPlane
@@ -71,6 +72,7 @@ log = structlog.get_logger()
 
 HOST_NETWORK_FILE = "host-network.json"
 CREDENTIALS_FILE = "credentials.json"
+HOST_ID_FILE = "host-id"
 PAGER_DIRECTORY = "pager"
 HARD_DEADLINE = 20
 """Seconds from the stop request to the end of the process, whatever hangs: the kernel's alarm sees to it."""
@@ -128,6 +130,7 @@ async def _serve_host(
     stop: trio.Event,
     serving: trio.Event,
 ) -> None:
+    await HostIdFile(state.root / HOST_ID_FILE).keep(credentials.host_id)
     parts = await make_parts(settings, state)
     golden = make_golden(settings, parts)
     manager = Manager(parts, memory_mb=settings.memory_for_guests(), golden=golden.find if golden else no_golden)
@@ -232,7 +235,8 @@ async def _credentials(settings: Settings, state: StateDirectory, control_plane:
     if not settings.token:
         raise NotRegistered(UNREGISTERED)
     address = settings.address or f"{settings.bind_host}:{settings.bind_port}"
-    return await register(control_plane, file, settings.token, address, await _capacity(settings, state))
+    capacity, only_as = await _capacity(settings, state), await _only_as(state, None)
+    return await register(control_plane, file, settings.token, address, capacity, only_as=only_as)
 
 
 async def _join(
@@ -241,7 +245,7 @@ async def _join(
     """Register, whatever was before; VMs are not touched."""
     file = CredentialsFile(state.root / CREDENTIALS_FILE)
     before = await check_unregistered(file, force=joining.force)
-    occupied = before is not None and await trio.to_thread.run_sync(_has_sandboxes, state)
+    only_as = await _only_as(state, before)
     choose = partial(choose_address, settings.url, settings.address, settings.bind_host, settings.bind_port)
     address = await trio.to_thread.run_sync(choose, abandon_on_cancel=True)
     credentials = await register(
@@ -250,15 +254,18 @@ async def _join(
         settings.token,
         address,
         await _capacity(settings, state),
-        only_as=before.host_id if before is not None and occupied else "",
+        only_as=only_as,
         remember_address=True,
     )
     joining.tell(credentials)
     return credentials
 
 
-def _has_sandboxes(state: StateDirectory) -> bool:
-    return any(state.sandboxes.iterdir())
+async def _only_as(state: StateDirectory, before: Credentials | None) -> str:
+    """The one host that this machine can be; "" for any, when nothing lives or rests here. HostForgotten."""
+    if not await trio.to_thread.run_sync(state.load):
+        return ""
+    return await HostIdFile(state.root / HOST_ID_FILE).load() if before is None else before.host_id
 
 
 async def _capacity(settings: Settings, state: StateDirectory) -> Capacity:

@@ -84,20 +84,25 @@ class CredentialsFile:
 
     def _save(self, credentials: Credentials) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = self.path.with_name(f".{self.path.name}.new")
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()  # left by a crash; O_EXCL below makes sure the mode is ours
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(credentials)) + b"\n")
-                file.flush()
-                os.fsync(descriptor)
-            temporary.replace(self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(self.path.parent)
+        replace_file(self.path, msgspec.json.format(msgspec.json.encode(credentials)) + b"\n")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Durably, mode 0600; blocks. OSError when the disk will not have it; the old file is then untouched."""
+    temporary = path.with_name(f".{path.name}.new")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()  # left by a crash; O_EXCL below makes sure the mode is ours
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
 
 
 def _sync_directory(path: Path) -> None:

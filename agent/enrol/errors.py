@@ -54,6 +54,10 @@ class AnotherHost(EnrolError):  # noqa: N818
     """The token is of one host, and what lives on this machine is another's: the fleet would end it as unknown."""
 
 
+class HostForgotten(EnrolError):  # noqa: N818
+    """Something lives on this machine, and nothing says which host it was."""
+
+
 class RegistrationInDoubt(EnrolError):  # noqa: N818
     """No answer to a registration: the token may be spent, or not."""
 

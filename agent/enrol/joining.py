@@ -96,7 +96,8 @@ async def register(
         if only_as and credentials.host_id != only_as:
             raise AnotherHost(
                 f"the token is of {credentials.host_id}, but this machine has sandboxes of {only_as}: use a fresh "
-                "token of that host, or remove them first (capsule-agent purge); nothing here was changed"
+                "token of that host, or remove them first (capsule-agent purge); nothing here was changed. The token "
+                f"is spent: {credentials.host_id}, if a machine is that host, has to join again with a fresh token"
             )
         if remember_address:
             credentials = msgspec.structs.replace(credentials, address=address)

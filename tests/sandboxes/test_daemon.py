@@ -25,7 +25,7 @@ from agent import daemon
 from agent.actor.peer import OpenerPeer
 from agent.actor.tls import connect_tls
 from agent.config import Settings
-from agent.enrol.errors import AlreadyRegistered, AnotherHost
+from agent.enrol.errors import AlreadyRegistered, AnotherHost, HostForgotten
 from agent.enrol.joining import Joining
 from agent.enrol.registration import ControlPlane
 from agent.sandboxes.adoption import StateDirectoryInUse
@@ -183,6 +183,32 @@ async def test_join(fleet):
     fleet.host_id = UUID(int=8)  # nothing lives here any more: it may become any host
     async with fleet.daemon(Joining(force=True), url=url), fleet.connection():
         assert told[-1].host_id == f"host-{HOST_ID}"
+
+
+@pytest.mark.parametrize("joining", [None, Joining(), Joining(force=True)])
+async def test_credentials_lost(fleet, joining):
+    """The machine still knows which host it is: what lives there comes back with a token of that host, and of no other.
+    Without that knowledge the token is not even spent."""
+    async with fleet.daemon(), fleet.connection() as control_plane:
+        await control_plane.call("sandbox.create", create_body(ONE), timeout=20)
+    file, known = fleet.host.state.root / daemon.CREDENTIALS_FILE, fleet.host.state.root / daemon.HOST_ID_FILE
+    assert known.read_text() == f"host-{HOST_ID}\n"
+    file.rename(file.with_suffix(".lost"))
+    if joining is not None and joining.force:
+        file.write_text("{")
+    url = f"http://{LOOPBACK}:8080"
+    fleet.host_id = UUID(int=8)
+    await refused(fleet, joining, AnotherHost, url=url)
+    known.rename(known.with_suffix(".lost"))
+    fleet.host_id = HOST_ID
+    spent = fleet.requests.count("/v1/hosts/register")
+    await refused(fleet, joining, HostForgotten, url=url)
+    assert fleet.requests.count("/v1/hosts/register") == spent
+    known.write_text(f" host-{HOST_ID} ")
+    async with fleet.daemon(joining, url=url), fleet.connection() as control_plane:
+        listing = await control_plane.call("host.list", {}, timeout=20)
+        assert [(one["sandbox_id"], one["status"]) for one in listing["sandboxes"]] == [(ONE, "running")]
+        await control_plane.call("sandbox.destroy", {"sandbox_id": ONE}, timeout=20)
 
 
 async def refused(fleet, joining, error, **changes):
