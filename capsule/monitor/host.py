@@ -25,7 +25,6 @@ from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import audit, sandboxes, templates
 from capsule.hosts.answers import parse_answer
 from capsule.monitor.contained import contained
-from capsule.monitor.contained import contained
 from capsule.monitor.copies import CopyKeeper
 from capsule.monitor.drain import Drainer
 from capsule.monitor.news import News
@@ -208,7 +207,6 @@ class HostFollower:
             self._ending.add(sandbox)
             endings.start_soon(self._destroy, sandbox, why, elsewhere)
 
-    @contained
     @contained
     async def _destroy(self, sandbox: UUID, why: str, elsewhere: SandboxRow | None) -> None:
         """`elsewhere`: the row that says so; only if its host says so, too."""
