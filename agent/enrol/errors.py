@@ -5,6 +5,9 @@ from __future__ import annotations
 NO_CODE = "unknown"
 """The code of an answer that has none, and so may be anybody's."""
 
+ABOUT_CREDENTIALS = frozenset({"unauthorized", "forbidden", "not_found"})
+"""The codes of a control plane for credentials that are no longer good, with HTTP status 401, 403 or 404."""
+
 
 class EnrolError(Exception):
     """Base, never raised itself. The text is for the operator of this host."""
@@ -21,9 +24,9 @@ class ControlPlaneRefused(EnrolError):  # noqa: N818 - reads as what happened
     def is_about_credentials(self) -> bool:
         """Whether it was this host that was refused, not the form of the request.
 
-        Not any 404: a proxy that has lost its control plane says that as well, in words of its own.
+        The status alone says nothing: proxies and firewalls in between have their own 401, 403 and 404.
         """
-        return self.status in {401, 403} or (self.status == 404 and self.code != NO_CODE)
+        return self.status in {401, 403, 404} and self.code in ABOUT_CREDENTIALS
 
 
 class ControlPlaneUnreachable(EnrolError):  # noqa: N818

@@ -310,11 +310,29 @@ async def test_the_first_refusal_after_a_partition_wakes_the_renewal(world, auto
     assert trio.current_time() <= back + INTERVAL
 
 
-async def test_a_proxy_that_knows_no_such_page_is_no_refusal(world, autojump_clock):
-    """A 404 without an error of ours is a misconfigured way to the control plane: three intervals, and no refresh."""
+@pytest.mark.parametrize("code", ["unknown", "blocked"])
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_refusal_that_is_not_the_control_planes_own(world, autojump_clock, status, code):
+    """A proxy that has lost its control plane, a firewall's page: three intervals, as for silence, and no refresh."""
     heartbeat = await world.start()
     await heartbeat.presence.wait_for("online")
-    world.control_plane.beat_error = ControlPlaneRefused(404, "unknown", "no reason given")
+    world.control_plane.beat_error = ControlPlaneRefused(status, code, "no reason given")
     lost = await heartbeat.presence.wait_for("lost", "refused")
     assert (lost.state, lost.since) == ("lost", LOSS)
     assert world.control_plane.refreshes == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_firewall_before_the_renewal_is_no_verdict(world, autojump_clock, status):
+    """The token is refused by the control plane, its renewal by somebody else: nothing is settled by that."""
+    heartbeat = await world.start()
+    await heartbeat.presence.wait_for("online")
+    world.control_plane.good_tokens = {"token-1"}
+    world.control_plane.refresh_error = ControlPlaneRefused(status, "unknown", "no reason given")
+    await trio.sleep_until(LOSS - 1)
+    assert (heartbeat.presence.value.state, world.lost) == ("online", [])
+    assert world.control_plane.refreshes
+    world.control_plane.refresh_error = None
+    await heartbeat.presence.wait_for("lost", "online")
+    await trio.sleep(INTERVAL)
+    assert heartbeat.presence.value.state == "online"

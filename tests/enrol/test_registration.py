@@ -99,17 +99,35 @@ async def test_heartbeat_carries_the_token(credentials):
 
 
 @pytest.mark.parametrize(
-    ("status", "credential"), [(401, True), (403, True), (404, True), (400, False), (409, False), (422, False)]
+    ("status", "code", "credential"),
+    [
+        (401, "unauthorized", True),
+        (403, "forbidden", True),
+        (404, "not_found", True),
+        (401, "some_code", False),
+        (403, "some_code", False),
+        (400, "invalid_request", False),
+        (409, "conflict", False),
+        (422, "unauthorized", False),
+    ],
 )
-async def test_a_no_is_a_refusal_in_the_control_planes_words(credentials, status, credential):
+async def test_a_no_is_a_refusal_in_the_control_planes_words(credentials, status, code, credential):
     def handle(_):
-        return httpx.Response(status, json={"error": {"code": "some_code", "message": "do this"}})
+        return httpx.Response(status, json={"error": {"code": code, "message": "do this"}})
 
     async with speaking_to(handle) as control_plane:
         with pytest.raises(ControlPlaneRefused, match="do this") as caught:
             await control_plane.heartbeat(credentials)
-    assert (caught.value.status, caught.value.code) == (status, "some_code")
+    assert (caught.value.status, caught.value.code) == (status, code)
     assert caught.value.is_about_credentials() is credential
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_page_of_somebody_in_between_is_no_refusal_of_credentials(credentials, status):
+    async with speaking_to(lambda _: httpx.Response(status, text="<html>Access denied")) as control_plane:
+        with pytest.raises(ControlPlaneRefused, match="is this the URL of a control plane") as caught:
+            await control_plane.heartbeat(credentials)
+    assert not caught.value.is_about_credentials()
 
 
 @pytest.mark.parametrize("status", [301, 302, 408, 425, 429, 500, 502, 503, 504])
