@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -222,7 +223,7 @@ async def test_sigterm_lets_a_create_finish(postgres_dsn, free_port, monkeypatch
         database_url=postgres_dsn, secret_key="s" * 40, bind=f"127.0.0.1:{free_port}", shutdown_timeout=20
     )
     async with open_database(postgres_dsn) as db:
-        world = World(db, nursery, None)
+        world = World(db, nursery, lambda: datetime.now(UTC))
         monkeypatch.setattr(control, "tls_dial", lambda _contexts: world.dial)
         agent = await world.add_host()
         await world.add_template()
