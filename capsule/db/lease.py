@@ -3,8 +3,8 @@
 The lock lives exactly as long as the server keeps that session, so a leader that dies is replaced at once. One that
 stalls (a stopped process, a Trio loop that hangs) is replaced after STALL_LIMIT: the server ends a session that is
 silent for so long, and only Trio's side keeps it from being silent. When such a leader comes back it knows by the clock
-that it leads no more, before it has heard so. A leader that is cut off finds out within KEEP_INTERVAL + KEEP_TIMEOUT.
-What is on its way to the database in that moment meets compare-and-set.
+that it leads no more, before it has heard so; one that is cut off knows it then, too. An answer that takes its time is
+no loss before that. What is on its way to the database in that moment meets compare-and-set.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import asyncio
 import hashlib
 import time
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -30,9 +31,6 @@ STALL_LIMIT = 12.0
 
 KEEP_INTERVAL = 3.0
 """Seconds between the leader's questions to its session."""
-
-KEEP_TIMEOUT = 4.0
-"""Seconds such a question may take until the lease counts as lost."""
 
 RELEASE_TIMEOUT = 2.0
 """Seconds for a polite end of the session; after that it is cut, which ends the lock just as well."""
@@ -72,13 +70,13 @@ class LeaseHolder:
         connection.add_termination_listener(self._on_terminated)
         return True
 
-    async def ask(self) -> bool:
-        """Break the session's silence; False when it is over."""
+    async def ask(self, seconds: float) -> bool:
+        """Break the session's silence; False when it is over, or does not answer within that time."""
         connection = self._connection
         if connection is None:
             return False
         try:
-            async with asyncio.timeout(KEEP_TIMEOUT):
+            async with asyncio.timeout(seconds):
                 await connection.execute("select 1")
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             connection.terminate()  # tells the listener
@@ -132,8 +130,9 @@ class Lease:
             with trio.move_on_after(KEEP_INTERVAL):
                 await self.lost.wait()
             asked_at = now()
+            left = max(self._ours_until - asked_at, 0.0)
             try:
-                kept = await self._bridge.call(self._holder.ask, limit=KEEP_TIMEOUT + 1)
+                kept = await self._bridge.call(partial(self._holder.ask, left), limit=left + 1)
             except DatabaseUnavailable:
                 kept = False
             if kept:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from contextlib import suppress
+from functools import partial
+
 import pytest
 import trio
 
 from capsule.db import lease as lease_module
 from capsule.db.connection import Connection
+from capsule.db.errors import LeadLost
 from capsule.db.pool import Database, open_database
 
 OURS = "locktype = 'advisory' and database = (select oid from pg_database where datname = current_database())"
@@ -69,18 +75,43 @@ async def test_a_killed_session_sets_lost(db: Database):
     await lease.release()
 
 
-async def test_a_session_that_does_not_answer_is_given_up(
-    db: Database, unlocked, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch
-):
-    """No answer within the time-out: lost, whatever the network says."""
-    monkeypatch.setattr(lease_module, "KEEP_INTERVAL", 0.02)
-    monkeypatch.setattr(lease_module, "KEEP_TIMEOUT", 0.0)
+@pytest.fixture
+async def stuck(db: Database, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch):
+    """A lease that is kept, whose session's server process is stopped; and how to let that go on."""
+    monkeypatch.setattr(lease_module, "STALL_LIMIT", 4.0)
+    monkeypatch.setattr(lease_module, "KEEP_INTERVAL", 0.05)
     lease = await db.try_lead("monitor")
     assert lease is not None
     nursery.start_soon(lease.keep)
+    pid = await db.run(lambda tx: tx.fetchval(f"select pid from pg_locks where {OURS}"))  # noqa: S608
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield lease, partial(os.kill, pid, signal.SIGCONT)
+    finally:
+        with suppress(ProcessLookupError):  # it ended
+            os.kill(pid, signal.SIGCONT)
+
+
+async def test_a_session_that_does_not_answer_is_given_up(stuck):
+    """No answer for as long as the lease is surely ours: lost, whatever the network says."""
+    lease, _ = stuck
+    began = trio.current_time()
     with trio.fail_after(20):
         await lease.lost.wait()
-    await unlocked()
+    assert 3 < trio.current_time() - began < 7
+    with pytest.raises(LeadLost):
+        lease.check()
+
+
+async def test_a_slow_answer_is_no_loss(stuck):
+    """The question runs on; once it is answered the lease is ours for as long again."""
+    lease, go_on = stuck
+    await trio.sleep(2)
+    go_on()
+    await trio.sleep(3)
+    assert not lease.lost.is_set()
+    lease.check()
+    await lease.release()
 
 
 async def test_cancelling_while_asking_never_keeps_the_lock(db: Database, unlocked):
