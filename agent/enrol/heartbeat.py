@@ -20,6 +20,7 @@ from agent.actor.supervise import RestartPolicy
 from agent.enrol.errors import ControlPlaneRefused, ControlPlaneUnreachable, CredentialsInvalid
 from agent.enrol.identity import check_identity
 from agent.enrol.presence import GONE, Presence, PresenceCell
+from agent.enrol.registration import CALL_TIMEOUT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,10 @@ INTERVAL = 30.0
 """Seconds between heartbeats that are answered."""
 
 MISSES_ALLOWED = 3
-"""Intervals without an answer after which the control plane counts as lost; it then counts us as lost, too."""
+"""Heartbeats without an answer, each given its time, after which the control plane counts as lost."""
+
+LATE = 1.0
+"""Seconds past its hour at which the watch knows that this process stood still: silence was ours then."""
 
 BEAT_BACKOFF = RestartPolicy(first_delay=1.0, max_delay=INTERVAL)
 """Before the loss a third of the interval at most: a control plane that is back in time should be noticed in time."""
@@ -70,6 +74,7 @@ class Heartbeat:
         self._on_lost = on_lost
         self._on_renewed = on_renewed
         self._interval = interval
+        self._patience = min(CALL_TIMEOUT, interval)
         self._wall = wall
         self._jitter = jitter
         self._answered_at = trio.current_time()
@@ -124,14 +129,17 @@ class Heartbeat:
         return True
 
     async def _watch(self) -> None:
-        """Declare the loss on time, also while a heartbeat hangs."""
+        """Declare the loss on time, also while a heartbeat hangs; not before the last one had its time."""
         while True:
-            due = self._answered_at + MISSES_ALLOWED * self._interval
+            due = self._answered_at + MISSES_ALLOWED * self._interval + self._patience
             if trio.current_time() < due:
                 await trio.sleep_until(due)
+                if trio.current_time() > due + LATE:
+                    with trio.move_on_after(2 * self._patience):  # a pause between two beats, and a beat
+                        await self._answered.wait()
                 continue
             if self.presence.value.state != "refused":
-                self._become("lost", f"no heartbeat answered for {MISSES_ALLOWED * self._interval:g} s")
+                self._become("lost", f"no answer to {MISSES_ALLOWED} heartbeats")
             await self._answered.wait()
 
     async def _renew(self) -> None:
