@@ -19,6 +19,7 @@ EnvironmentMaker = Callable[[], Awaitable[Mapping[str, str]]]
 
 EMAIL = "dev@localhost"
 KEY_NAME = "capsule dev"
+PROVIDER = "capsule dev"
 TEMPLATE = "minimal"
 
 
@@ -36,9 +37,20 @@ async def ensure_key(tx: Connection, stored: str | None) -> str:
     return key.text
 
 
-async def host_exists(tx: Connection, host: UUID) -> bool:
-    """Whether the host of the stored credentials is in this database."""
-    return await hosts.get(tx, host) is not None
+async def may_serve(tx: Connection, host: UUID) -> bool:
+    """Whether the host of the stored credentials is in this database, and they were not revoked."""
+    row = await hosts.get(tx, host)
+    return row is not None and row.credentials_revoked_at is None
+
+
+async def own_host(tx: Connection, remembered: UUID | None) -> UUID | None:
+    """Which host of this database an agent without credentials is: the one it remembers, else the one that `capsule
+    dev` made. A second one beside it would never get its address."""
+    if remembered is not None and await hosts.get(tx, remembered) is not None:
+        return remembered
+    made = [host for host in await hosts.list_all(tx) if host.provider == PROVIDER]
+    made.sort(key=lambda host: (host.credential_epoch > 0, host.created_at))
+    return made[-1].id if made else None
 
 
 async def usable(tx: Connection, since: datetime) -> bool:

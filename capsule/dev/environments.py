@@ -53,6 +53,30 @@ def credentials(environ: Mapping[str, str]) -> Path:
     return Path(environ["CAPSULE_AGENT_STATE"]) / "credentials.json"
 
 
+def remembered_host(environ: Mapping[str, str]) -> UUID | None:
+    """The host that the agent's sandboxes are of, also when its credentials are lost; None when nothing says so."""
+    known = host_of(credentials(environ))
+    if known is not None:
+        return known
+    try:
+        return UUID(host_id_file(environ).read_text().strip().removeprefix("host-"))
+    except (OSError, ValueError):
+        return None
+
+
+def host_id_file(environ: Mapping[str, str]) -> Path:
+    """Where the agent keeps which host it is, beside its credentials."""
+    return credentials(environ).with_name("host-id")
+
+
+def has_sandboxes(environ: Mapping[str, str]) -> bool:
+    """Whether something of the agent's lives or rests here."""
+    try:
+        return any((credentials(environ).parent / "sandboxes").iterdir())
+    except OSError:
+        return False
+
+
 def host_of(path: Path) -> UUID | None:
     """The host that the agent's credentials are for; None when there are none that can be read."""
     try:

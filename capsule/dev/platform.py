@@ -73,7 +73,6 @@ class Platform:
     api_key: str = ""
     ready: bool = False
     stopping: bool = False
-    new_host: UUID | None = None
     programs: dict[str, Program] = field(default_factory=dict)
 
     async def run(self, stop: trio.Event) -> None:
@@ -118,22 +117,30 @@ class Platform:
     async def _enrolment(self) -> Mapping[str, str]:
         credentials = environments.credentials(self.environ)
         host = environments.host_of(credentials)
-        if host is not None and await self.db.run(bootstrap.host_exists, host):
+        if host is not None and await self.db.run(bootstrap.may_serve, host):
             return {}
+        enrolment = HostEnrolment(self.db, await load_authority(self.db, self.settings), self.settings)
+        remembered = environments.remembered_host(self.environ)
+        host = await self.db.run(bootstrap.own_host, remembered)
+        await self._settle_sandboxes(remembered, host)
         with suppress(FileNotFoundError):
             credentials.rename(credentials.with_suffix(".old"))
-        token = await self._registration_token()
+        if host is None:  # one, however often its agent has to start until it is registered: it is found again
+            token = (await enrolment.create_host(provider=bootstrap.PROVIDER)).registration_token
+        else:
+            token = await enrolment.new_token(host)
         await self._wait_for_control_plane()
         return {"CAPSULE_AGENT_URL": self.settings.url, "CAPSULE_AGENT_TOKEN": token}
 
-    async def _registration_token(self) -> str:
-        """For one new host, however often its agent has to start until it is registered."""
-        enrolment = HostEnrolment(self.db, await load_authority(self.db, self.settings), self.settings)
-        if self.new_host is not None and await self.db.run(bootstrap.host_exists, self.new_host):
-            return await enrolment.new_token(self.new_host)
-        new = await enrolment.create_host(provider="capsule dev")
-        self.new_host = new.host.id
-        return new.registration_token
+    async def _settle_sandboxes(self, remembered: UUID | None, host: UUID | None) -> None:
+        """An agent that has some becomes no other host than theirs: those that this database does not know go."""
+        if not environments.has_sandboxes(self.environ):
+            return
+        if host is None or remembered not in {None, host}:
+            log.warning("sandboxes_of_another_database_removed")
+            await self._purge()
+        elif remembered is None:
+            environments.host_id_file(self.environ).write_text(f"host-{host}\n")
 
     async def _wait_for_control_plane(self) -> None:
         """An agent that registers needs an answer."""
@@ -181,7 +188,7 @@ class Platform:
         await self.programs["agent"].stop(AGENT_PATIENCE)
         await self._purge()
         await self.programs["control"].stop(CONTROL_PATIENCE)
-        host = environments.host_of(environments.credentials(self.environ))
+        host = environments.remembered_host(self.environ)
         if host is not None:
             with suppress(DatabaseError):
                 await self.db.transaction(bootstrap.end_sandboxes, host)

@@ -56,10 +56,10 @@ async def test_when_a_sandbox_can_be_created(db, sql, add_host):
 
 async def test_a_host_that_is_known(db, sql, add_host):
     host = await add_host()
-    assert await db.run(bootstrap.host_exists, host)
-    assert not await db.run(bootstrap.host_exists, uuid4())
+    assert await db.run(bootstrap.may_serve, host)
+    assert not await db.run(bootstrap.may_serve, uuid4())
     await sql("update hosts set deleted_at = now()")
-    assert not await db.run(bootstrap.host_exists, host)
+    assert not await db.run(bootstrap.may_serve, host)
 
 
 async def test_every_sandbox_of_the_host_is_ended(db, sql, add_host):

@@ -184,6 +184,43 @@ async def test_damaged_credentials(make, content):
     assert "CAPSULE_AGENT_TOKEN" in await one._agent_environment()
 
 
+async def test_lost_credentials_are_of_the_same_host(make, sql):
+    """It holds its address: a second row would be refused for ever. So too when they were revoked."""
+    one = make()
+    credentials, known = environments.credentials(one.environ), environments.host_id_file(one.environ)
+    assert "CAPSULE_AGENT_TOKEN" in await one._agent_environment()
+    (row,) = await sql("update hosts set credential_epoch = 1, address = '127.0.0.1:7443' returning id")
+    host = f"host-{row['id']}"
+    credentials.write_text(json.dumps({"host_id": host}))
+    assert "CAPSULE_AGENT_TOKEN" not in await one._agent_environment()
+    await sql("update hosts set credentials_revoked_at = now()")
+    assert "CAPSULE_AGENT_TOKEN" in await one._agent_environment()
+    assert not credentials.exists()
+    for content in (host, "nonsense"):
+        known.write_text(content)
+        credentials.write_text("{")
+        assert "CAPSULE_AGENT_TOKEN" in await make()._agent_environment()
+    assert len(await sql("select 1 from hosts")) == 1
+    assert len(await sql("select 1 from host_registration_tokens where used_at is null")) == 1
+
+
+async def test_sandboxes_without_credentials(make, log, sql, add_host):
+    """Those of a host in this database stay, and the agent learns whose they are; what no row knows is removed."""
+    one = make()
+    known = environments.host_id_file(one.environ)
+    (environments.credentials(one.environ).parent / "sandboxes" / str(uuid4())).mkdir(parents=True)
+    known.write_text(f"host-{await add_host()}")
+    await one._agent_environment()
+    assert (log(), await sql("select 1 from hosts where provider = 'capsule dev'")) == ([], [])
+    known.write_text(f"host-{uuid4()}")
+    await one._agent_environment()
+    assert log() == ["started agent purge --yes"]
+    (row,) = await sql("select id from hosts where provider = 'capsule dev'")
+    known.unlink()
+    await one._agent_environment()
+    assert (len(log()), known.read_text()) == (1, f"host-{row['id']}\n")
+
+
 async def test_a_database_that_is_away_is_waited_for(make, db, monkeypatch):
     """An agent that dies while the server restarts does not take the platform with it."""
     monkeypatch.setattr(platform, "RETRY_PAUSE", 0.0)
