@@ -206,6 +206,9 @@ create table hosts (
   -- Of before the last renewal: also pinned, since the answer with the new one may have been lost.
   earlier_cert_fingerprint  text
                      constraint hosts_earlier_cert_fingerprint_form check (earlier_cert_fingerprint ~ '^[0-9a-f]{64}$'),
+  -- Of other answers to the last refresh, newest first: which of them the agent got, nobody knows.
+  repeated_cert_fingerprints text[] not null default '{}'
+                     constraint hosts_repeated_cert_fingerprints_few check (cardinality(repeated_cert_fingerprints) <= 8),
   constraint hosts_byoc_has_team check ((type = 'byoc') = (team_id is not null)),
   constraint hosts_registered check (
     status = 'pending'

@@ -18,12 +18,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One agent. `fingerprint`: hex SHA-256 of its certificate; `epoch`: which registration of the host it is of;
-    `earlier`: fingerprint of the certificate before the last renewal, which it has until the answer reaches it."""
+    `earlier`: fingerprint of the certificate before the last renewal, which it has until the answer reaches it;
+    `repeated`: of other answers to that renewal, any of which may be the one that reached it."""
 
     address: str
     fingerprint: str
     epoch: int
     earlier: str | None = None
+    repeated: tuple[str, ...] = ()
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Fingerprints of all certificates that it may show, the newest first."""
+        return (self.fingerprint, *self.repeated, *([self.earlier] if self.earlier else []))
 
 
 class Directory:
@@ -47,4 +54,10 @@ class Directory:
 def _endpoint(row: rows.HostRow) -> Endpoint | None:
     if row.address is None or row.cert_fingerprint is None or row.credentials_revoked_at is not None:
         return None
-    return Endpoint(row.address, row.cert_fingerprint, row.credential_epoch, row.earlier_cert_fingerprint)
+    return Endpoint(
+        row.address,
+        row.cert_fingerprint,
+        row.credential_epoch,
+        row.earlier_cert_fingerprint,
+        tuple(row.repeated_cert_fingerprints),
+    )

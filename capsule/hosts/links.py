@@ -175,7 +175,7 @@ async def _dial_tls(contexts: ClientContexts, endpoint: Endpoint) -> trio.abc.St
     except (trio.BrokenResourceError, OSError, ValueError) as err:
         raise Unreachable(f"{endpoint.address}: {err}") from err
     try:
-        check_pin(stream.peer_certificate(), endpoint.fingerprint, endpoint.earlier)
+        check_pin(stream.peer_certificate(), *endpoint.pinned)
     except PinMismatch as err:
         await trio.aclose_forcefully(stream)
         raise Unreachable(f"{endpoint.address} is another machine: {err}") from err

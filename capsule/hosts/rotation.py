@@ -14,10 +14,12 @@ from capsule.hosts.tokens import REFRESH_LIFETIME, digest
 
 if TYPE_CHECKING:
     from capsule.db.connection import Connection
+    from capsule.db.queries.hosts import HostRow
     from capsule.db.queries.refresh_tokens import RefreshTokenRow
 
 log = structlog.get_logger()
 
+REPEATED = "a refresh was answered again: its answer was lost, or somebody has a copy of this host's state"
 REASON = "a refresh token was used twice: somebody has a copy of this host's credentials"
 
 
@@ -37,7 +39,12 @@ async def exchange(tx: Connection, token: str, following: str) -> Exchange | Non
     if row is not None:
         return Exchange(row, again=False)
     answered = await _answered_before(tx, spent, next_one)
-    return None if answered is None else Exchange(answered, again=True)
+    if answered is None:
+        return None
+    host = await hosts.get(tx, answered.host_id)
+    if host is not None:
+        await _tell(tx, host, "credentials_repeated", "info", REPEATED)
+    return Exchange(answered, again=True)
 
 
 async def _answered_before(tx: Connection, spent: bytes, following: bytes) -> RefreshTokenRow | None:
@@ -52,6 +59,12 @@ async def _answered_before(tx: Connection, spent: bytes, following: bytes) -> Re
     host = await hosts.revoke_credentials(tx, row.host_id) if await rows.revoke_family(tx, row.family) else None
     if host is None:
         return None
+    await _tell(tx, host, "credentials_revoked", "error", REASON)
+    log.error("host_credentials_revoked", host_id=str(host.id), reason=REASON)
+    return None
+
+
+async def _tell(tx: Connection, host: HostRow, action: str, status: audit.Outcome, reason: str) -> None:
     await audit.append(
         tx,
         actor_type="system",
@@ -60,10 +73,8 @@ async def _answered_before(tx: Connection, spent: bytes, following: bytes) -> Re
         team_id=host.team_id,
         resource_type="host",
         resource_id=f"host-{host.id}",
-        action="credentials_revoked",
+        action=action,
         scope="admin",
-        status="error",
-        metadata={"reason": REASON},
+        status=status,
+        metadata={"reason": reason},
     )
-    log.error("host_credentials_revoked", host_id=str(host.id), reason=REASON)
-    return None

@@ -54,11 +54,11 @@ def client_context(identity: Identity, ca_cert_pem: str) -> ssl.SSLContext:
     return context
 
 
-def check_pin(peer_certificate: bytes | None, fingerprint: str, earlier: str | None = None) -> None:
-    """Compare the peer's certificate (DER, after the handshake) with the pinned one, and with the one that was pinned
-    before its last renewal; PinMismatch unless equal to one of them."""
+def check_pin(peer_certificate: bytes | None, fingerprint: str, *others: str) -> None:
+    """Compare the peer's certificate (DER, after the handshake) with the pinned one, and with others that the agent may
+    still have; PinMismatch unless equal to one of them."""
     seen = hashlib.sha256(peer_certificate or b"").hexdigest()
-    if not any(compare_digest(seen, pinned) for pinned in (fingerprint, earlier or fingerprint)):
+    if not any(compare_digest(seen, pinned) for pinned in (fingerprint, *others)):
         raise PinMismatch(f"expected certificate {fingerprint[:16]}…, was shown {seen[:16]}…")
 
 

@@ -222,11 +222,31 @@ async def test_a_lost_answer_is_asked_for_again(enrolment, db):
     assert again.refresh_token == second.refresh_token
     endpoint = await Directory(db).find(first.host.id)
     assert (endpoint.fingerprint, endpoint.earlier) == (fingerprint(again.cert_pem), fingerprint(first.cert_pem))
+    rows = await fetch(db, "select action, scope, status from audit_logs")
+    assert rows == [{"action": "credentials_repeated", "scope": "admin", "status": "info"}]
     third = await enrolment.refresh(again.refresh_token, certificate_request(key))
     with pytest.raises(Unauthorized):
         await enrolment.refresh(first.refresh_token, certificate_request(key))
     with pytest.raises(Unauthorized):
         await enrolment.refresh(third.refresh_token, certificate_request(key))
+
+
+async def test_whichever_answer_arrived_is_pinned(enrolment, db):
+    """A late copy of a request that was answered takes nothing from the agent; nor do a few. The next renewal ends
+    them all but the one before it."""
+    key = new_key()
+    first = await joined(enrolment, key=key)
+    pins = []
+    for _ in range(12):
+        got = await enrolment.refresh(first.refresh_token, certificate_request(key))
+        pins.append(fingerprint(got.cert_pem))
+        endpoint = await Directory(db).find(first.host.id)
+        assert endpoint.pinned == (*reversed(pins[-9:]), fingerprint(first.cert_pem))
+        assert await Directory(db).find_all([first.host.id]) == {first.host.id: endpoint}
+    renewed = await enrolment.refresh(got.refresh_token, certificate_request(key))
+    assert (await Directory(db).find(first.host.id)).pinned == (fingerprint(renewed.cert_pem), pins[-1])
+    anew = await enrolment.register(asking(await enrolment.new_token(first.host.id)))
+    assert (await Directory(db).find(first.host.id)).pinned == (fingerprint(anew.cert_pem),)
 
 
 @pytest.mark.parametrize("thief_first", [True, False])

@@ -40,6 +40,7 @@ class HostRow(msgspec.Struct, frozen=True, kw_only=True):
     proven_epoch: int
     credentials_revoked_at: datetime | None
     earlier_cert_fingerprint: str | None
+    repeated_cert_fingerprints: list[str]
     created_at: datetime
     deleted_at: datetime | None
     tags: list[str]
@@ -174,6 +175,7 @@ async def register(
         f"""
         update hosts as h set
           address = $2, cert_fingerprint = $3, earlier_cert_fingerprint = null,
+          repeated_cert_fingerprints = '{{}}',
           arch = $4, cpu_cores = $5, memory_mb = $6, disk_gb = $7,
           status = case status when 'online' then 'unreachable' else status end,
           generation = generation + (status = 'online')::int,
@@ -252,12 +254,15 @@ async def revoke_credentials(tx: Connection, host_id: UUID) -> HostRow | None:
 
 async def pin_certificate(tx: Connection, host_id: UUID, cert_fingerprint: str, *, again: bool = False) -> bool:
     """A renewed certificate takes the place of the one before, which stays pinned beside it; False when the host is
-    gone. `again`: the last renewal never arrived, so the one before that is what the agent has."""
+    gone. `again`: of the same renewal. The agent has what it had before, or any of the answers: all stay pinned (of the
+    answers the last nine)."""
     tag = await tx.execute(
         """
         update hosts set
           cert_fingerprint = $2,
-          earlier_cert_fingerprint = case when $3 then earlier_cert_fingerprint else cert_fingerprint end
+          earlier_cert_fingerprint = case when $3 then earlier_cert_fingerprint else cert_fingerprint end,
+          repeated_cert_fingerprints =
+            case when $3 then (array_prepend(cert_fingerprint, repeated_cert_fingerprints))[1:8] else '{}' end
         where id = $1 and deleted_at is null
         """,
         host_id,
