@@ -47,6 +47,8 @@ class HostLinks:
         self._dial = dial
         self._settings = settings
         self._links: dict[UUID, HostLink] = {}
+        self._retired: dict[UUID, set[HostLink]] = {}
+        """Those that let nobody else in and have users left."""
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -103,9 +105,10 @@ class HostLinks:
             yield stream
 
     def forget(self, host: UUID) -> None:
-        """Drop the connection now: the host was deleted, or registered anew."""
-        link = self._links.pop(host, None)
-        if link is not None:
+        """Drop its connections now: the host was deleted, or registered anew."""
+        if host in self._links:
+            self._retire(self._links.pop(host))
+        for link in self._retired.get(host, ()):
             link.retire(now=True)
 
     def statistics(self) -> Mapping[UUID, LinkStatistics]:
@@ -119,7 +122,7 @@ class HostLinks:
         if self._nursery is None:
             raise Fault(FaultCode.UNAVAILABLE, UNREACHABLE_MESSAGE, retryable=True)
         if link is not None:
-            link.retire()
+            self._retire(link)
         link = self._links[host] = HostLink(
             host,
             self._directory.find,
@@ -130,37 +133,48 @@ class HostLinks:
         self._nursery.start_soon(self._run_link, link)
         return link
 
+    def _retire(self, link: HostLink) -> None:
+        """It stays known until it ends: whoever forgets the host means it, too."""
+        self._retired.setdefault(link.host, set()).add(link)
+        link.retire()
+
     async def _run_link(self, link: HostLink) -> None:
         try:
             await link.run()
         finally:
             if self._links.get(link.host) is link:
                 del self._links[link.host]
+            retired = self._retired.get(link.host, set())
+            retired.discard(link)
+            if not retired:
+                self._retired.pop(link.host, None)
 
     async def _check_endpoints(self) -> None:
         """End links to what the host rows do not say any more. Rows are read, never assumed: another control plane may
         have changed them."""
         while True:
             await trio.sleep(CHECK_INTERVAL)
-            dialled = {host: link.endpoint for host, link in self._links.items() if link.endpoint is not None}
+            open_links = [*self._links.values(), *(link for some in self._retired.values() for link in some)]
+            dialled = [(link, link.endpoint) for link in open_links if link.endpoint is not None]
             if not dialled:
                 continue
             try:
-                current = await self._directory.find_all(list(dialled))
+                current = await self._directory.find_all({link.host for link, _ in dialled})
             except DatabaseUnavailable as err:
                 log.warning("host_rows_not_read", reason=str(err))
                 continue
-            for host, endpoint in dialled.items():
-                self._compare(host, endpoint, current.get(host))
+            for link, endpoint in dialled:
+                self._compare(link, endpoint, current.get(link.host))
 
-    def _compare(self, host: UUID, dialled: Endpoint, current: Endpoint | None) -> None:
-        link = self._links.get(host)
-        if link is None or link.endpoint is not dialled or dialled == current:
+    def _compare(self, link: HostLink, dialled: Endpoint, current: Endpoint | None) -> None:
+        if link.endpoint is not dialled or dialled == current:
             return
         if current is None or current.epoch != dialled.epoch:
-            self.forget(host)
-        else:
-            link.retire()  # a renewed certificate: the agent is the same, what is under way may finish
+            if self._links.get(link.host) is link:
+                self._retire(self._links.pop(link.host))
+            link.retire(now=True)
+        elif link.usable:
+            self._retire(link)  # a renewed certificate: the agent is the same, what is under way may finish
 
 
 def tls_dial(contexts: ClientContexts) -> Dial:

@@ -256,6 +256,59 @@ async def test_a_deleted_or_re_registered_host_loses_its_link_at_once(links, fle
     assert trio.current_time() <= CHECK_INTERVAL + 1
 
 
+@pytest.mark.parametrize("told", [True, False])
+async def test_what_was_retired_is_forgotten_too(links, fleet, told, autojump_clock):
+    """A call on the connection of before a renewal, and one on today's: the host is deleted, and both end at once when
+    we are told, or when the row is looked at. Nothing is remembered of them."""
+    host = fleet.add_host()
+    ended = []
+
+    async def ask():
+        with pytest.raises(Fault) as caught:
+            await links.call(host, "hold", {}, timeout=600)
+        assert caught.value.code == "unavailable"
+        ended.append(trio.current_time())
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        fleet.rows[host] = Endpoint(ENDPOINT.address, "e" * 64, 1)
+        await trio.sleep(CHECK_INTERVAL + 1)
+        nursery.start_soon(ask)
+        await trio.sleep(2 * CHECK_INTERVAL)
+        assert (len(fleet.dials), ended) == (2, [])
+        began = trio.current_time()
+        links.forget(host) if told else fleet.rows.pop(host)
+    assert max(ended) - began <= (0 if told else CHECK_INTERVAL)
+    await trio.testing.wait_all_tasks_blocked()
+    assert (links._links, links._retired) == ({}, {})
+
+
+async def test_one_that_is_forgotten_while_it_dials(links, fleet, autojump_clock, monkeypatch):
+    """It may get through to the old registration yet: it is dropped as soon as the row is looked at."""
+    host = fleet.add_host()
+    dial, ready = links._dial, trio.Event()
+
+    async def slow(endpoint):
+        await ready.wait()
+        return await dial(endpoint)
+
+    monkeypatch.setattr(links, "_dial", slow)
+    async with trio.open_nursery() as nursery:
+
+        async def ask():
+            with pytest.raises(Fault):
+                await links.call(host, "hold", {}, timeout=600)
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        fleet.rows[host] = Endpoint(ENDPOINT.address, "e" * 64, 2)
+        links.forget(host)
+        ready.set()
+        began = trio.current_time()
+    assert trio.current_time() - began <= 2 * CHECK_INTERVAL
+
+
 async def test_a_database_outage_closes_no_link(links, fleet, autojump_clock):
     host = fleet.add_host()
     await links.call(host, "echo", {}, timeout=5)
