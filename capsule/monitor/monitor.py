@@ -60,6 +60,8 @@ class Monitor:
         self._silence = Silence(settings.heartbeat_timeout)
         self._pause = pause
         self._followers: dict[UUID, tuple[trio.CancelScope, HostFollower]] = {}
+        self._told_down: dict[UUID, bool] = {}
+        """What the trail has of hosts that are drained, as far as we know."""
         self.leading = False
         self._nudged = trio.Event()
 
@@ -112,6 +114,7 @@ class Monitor:
         live = await self._led.run(_registered)
         self._silence.look(live)
         self._follow(live, nursery)
+        await self._tell_of_draining(live)
         for host in live:
             if (status := self._verdict(host)) != host.status:
                 await self._write(_mark, host, status)
@@ -124,6 +127,16 @@ class Monitor:
             await self._write(fleet.finish_removal, host_id)
         for prune in (idempotency.prune, sessions.prune, rate_limits.prune):
             await self._write(prune)
+
+    async def _tell_of_draining(self, live: list[HostRow]) -> None:
+        """One that is drained keeps its status when it goes away or comes back; the trail has it all the same."""
+        draining = {host.id: host for host in live if host.status == "draining"}
+        self._told_down = {one: down for one, down in self._told_down.items() if one in draining}
+        for host in draining.values():
+            down = self._silence.is_lost(host.id)
+            if (down or self._silence.is_heard(host.id)) and self._told_down.get(host.id) != down:
+                await self._write(_tell, host, down)
+                self._told_down[host.id] = down
 
     async def _write(self, fn: Callable[[Connection, *Ts], Awaitable[None]], *args: *Ts) -> None:
         try:
@@ -175,6 +188,19 @@ async def _mark(tx: Connection, host: HostRow, status: str) -> None:
     if changed is None:
         return
     down = status == "unreachable"
+    await _note(tx, host, down)
+    log.warning("host_status", host_id=str(host.id), status=status)
+    if down:
+        await _sweep(tx, host)
+
+
+async def _tell(tx: Connection, host: HostRow, down: bool) -> None:
+    """Unless an earlier leader did."""
+    if await hosts.is_told_down(tx, host.id, host.team_id) != down:
+        await _note(tx, host, down)
+
+
+async def _note(tx: Connection, host: HostRow, down: bool) -> None:
     await audit.append(
         tx,
         actor_type="system",
@@ -187,9 +213,6 @@ async def _mark(tx: Connection, host: HostRow, status: str) -> None:
         scope="admin",
         status="error" if down else "success",
     )
-    log.warning("host_status", host_id=str(host.id), status=status)
-    if down:
-        await _sweep(tx, host)
 
 
 async def _sweep(tx: Connection, host: HostRow) -> None:

@@ -84,3 +84,30 @@ async def test_what_counts_as_silence(autojump_clock):
     host.last_heartbeat = 0
     silence.look([host])
     assert (silence.is_lost(host.id), silence.is_heard(host.id)) == (False, True)
+
+
+async def test_one_that_is_drained_and_goes_away(virtual_clock, world, agent, nursery):
+    """Its status stays; the trail says once that it went and once that it came, whoever leads."""
+
+    async def marks():
+        rows = await world.sql("select action, status from audit_logs where resource_type = 'host' order by created_at")
+        return [tuple(row) for row in rows]
+
+    nursery.start_soon(world.beat)
+    await world.sql("update hosts set status = 'draining', generation = generation + 1 where id = $1", agent.host)
+    plane = await world.control_plane(monitor=True)
+    await trio.sleep(60)
+    assert await marks() == []
+    for _ in range(2):
+        before = await marks()
+        agent.cut_off()
+        await trio.sleep(150)
+        went = [*before, ("marked_down", "error")]
+        assert (await status_of(world, agent), await marks()) == ("draining", went)
+        plane.kill()
+        plane = await world.control_plane(monitor=True)
+        await trio.sleep(150)
+        assert await marks() == went
+        agent.come_back()
+        await trio.sleep(60)
+        assert (await status_of(world, agent), await marks()) == ("draining", [*went, ("marked_up", "success")])

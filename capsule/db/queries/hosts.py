@@ -299,3 +299,18 @@ async def mark_status(
         to_status,
     )
     return one(HostRow, record)
+
+
+async def is_told_down(tx: Connection, host_id: UUID, team_id: UUID | None) -> bool:
+    """Whether the last that the audit trail has of a host of that team is that it went away."""
+    last = await tx.fetchval(
+        f"""
+        select action from audit_logs
+        where {"team_id is null" if team_id is None else "team_id = $2"} and scope = 'admin'
+          and resource_type = 'host' and action in ('marked_down', 'marked_up') and resource_id = $1
+        order by created_at desc, id desc limit 1
+        """,
+        f"host-{host_id}",
+        *([] if team_id is None else [team_id]),
+    )
+    return bool(last == "marked_down")
