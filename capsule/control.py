@@ -5,8 +5,8 @@ serve
 ├─ database             (service; closes last)
 ├─ host links           → link per host in use → peer
 ├─ scheduler            reservations
-├─ operations           → task per create, destroy, pause, resume, fork or snapshot under way
-├─ monitor              → follower per host, while it leads
+├─ operations           → task per create, destroy, pause, resume, fork, snapshot or removal of a host under way
+├─ monitor              → keeper of the lease, follower per host, while it leads
 └─ HTTP server          → task per connection
 """
 

@@ -1,7 +1,8 @@
 """Hosts as operators see and change them: pages, tags, closing, draining, removal.
 
 Whoever changes a host locks first its team's row, then the host's (`lock`), then sandboxes in the order of `on_host`.
-Nobody who holds a lock on a sandbox waits for a host: a row is given its host in the transaction that makes it.
+A create that moves to another host (`sandboxes.move`) holds its own row and then waits for the host: that row is
+`starting`, a deletion that waits for it in turn is broken by PostgreSQL, and the driver runs the loser again.
 """
 
 # ruff: noqa: S608 - only column lists of this module are put into statements
