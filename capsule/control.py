@@ -59,6 +59,7 @@ from capsule.sandboxes.destroy import Destroyer
 from capsule.sandboxes.execs import Execs
 from capsule.sandboxes.files import Files
 from capsule.sandboxes.fork import Forker
+from capsule.sandboxes.live import LiveProcesses
 from capsule.sandboxes.operations import Operations
 from capsule.sandboxes.pause import Pauser
 from capsule.sandboxes.resume import Resumer
@@ -66,6 +67,8 @@ from capsule.sandboxes.rows import SandboxRows
 from capsule.sandboxes.service import Sandboxes, Templates
 from capsule.sandboxes.snapshots import Snapshots
 from capsule.sandboxes.start import Starter
+from capsule.sandboxes.streams import Streams
+from capsule.sandboxes.transfers import Transfers
 from capsule.scheduler.placement import STRATEGIES, Overcommit
 from capsule.scheduler.scheduler import Scheduler, fleet_reader
 
@@ -155,6 +158,7 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
     services = Services(
         authenticator=Authenticator(ApiKeyAuthenticator(db), SessionAuthenticator(db, SessionTokens(settings))),
         sandboxes=sandboxes,
+        streams=_streams(sandboxes),
         templates=_templates(sandboxes),
         hosts=enrolment,
         fleet=_fleet(sandboxes, enrolment),
@@ -196,6 +200,12 @@ def _sandboxes(
         execs=Execs(links=links),
         files=Files(links=links),
     )
+
+
+def _streams(sandboxes: Sandboxes) -> Streams:
+    """Beside the sandboxes, with the same parts."""
+    links = sandboxes.execs.links
+    return Streams(rows=sandboxes.rows, processes=LiveProcesses(links=links), transfers=Transfers(links=links))
 
 
 def _templates(sandboxes: Sandboxes) -> Templates:

@@ -6,7 +6,7 @@ times are aware datetimes in UTC, sizes are bytes unless the name says otherwise
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, Literal, TypeVar
@@ -138,6 +138,76 @@ class ExecStarted:
 
     pid: int
     tag: str
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalSize:
+    """Of a terminal, in characters: 1 to 4096 each."""
+
+    cols: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamCall:
+    """A process to be started with somebody attached. `args` None: `cmd` is a line for /bin/sh -c; else (even empty) a
+    program and its arguments. `cmd` None, with a `terminal` only: the user's login shell.
+
+    `timeout_sec` None: no time-out. `detach`: it outlives the stream; one with a `terminal` always does. `tag` None: one
+    is made up.
+    """
+
+    cmd: str | None
+    args: tuple[str, ...] | None = None
+    envs: Mapping[str, str]
+    cwd: str | None = None
+    user: str | None = None
+    timeout_sec: int | None = None
+    detach: bool = False
+    terminal: TerminalSize | None = None
+    tag: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessExit:
+    """How a process ended. `exit_code` is 128 + `signal` for one that was killed."""
+
+    exit_code: int
+    signal: int | None = None
+    duration_ms: int
+    timed_out: bool = False
+
+
+FileEventKind = Literal["create", "write", "remove", "rename", "chmod"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEvent:
+    """Something happened to a file. `path`: absolute; `to`: its new path, of a rename."""
+
+    event: FileEventKind
+    path: str
+    to: str | None = None
+    directory: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEvents:
+    """What a watch has seen since the last ones. `overflow`: more happened than is told; look for yourself."""
+
+    events: tuple[FileEvent, ...]
+    overflow: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileContent:
+    """A file that is open for reading. `size`: of the whole file, None for one that does not know (a pipe, /proc).
+
+    `version` changes when the file does; None for one without. `chunks`: from the offset that was asked for on."""
+
+    size: int | None
+    version: str | None
+    chunks: AsyncIterator[bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

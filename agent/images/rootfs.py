@@ -49,7 +49,7 @@ class Recipe:
     disk_mb: int = 2048
 
 
-MINIMAL = Recipe("minimal", ("python3", "iproute2", "ca-certificates", "procps", "curl"))
+MINIMAL = Recipe("minimal", ("python3", "iproute2", "ca-certificates", "procps", "curl", "vim-tiny"))
 
 
 def rootfs_inputs(recipe: Recipe, suite: str) -> dict[str, Any]:

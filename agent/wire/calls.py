@@ -13,7 +13,10 @@
 | `sandbox.resume` | SandboxRef | SandboxState, `running`; also when it runs already |
 | `snapshot.create` | CreateSnapshot | SnapshotState; the same id again gives the same snapshot |
 | `snapshot.remove` | SnapshotRef | - ; also when it is gone already |
-| guest methods of docs/protocol.md | their body plus `sandbox_id` | theirs |
+| guest methods of docs/protocol.md | their body plus `sandbox_id`, and `live?` bool | theirs |
+
+`live`: a call that lasts as long as somebody looks on (a console, a download); it takes none of the places that short
+calls share. `processes.attach` and `files.watch` always are.
 
 Units: memory and disk in MiB, times in seconds since the epoch.
 """
@@ -37,9 +40,12 @@ TemplateName = Annotated[str, msgspec.Meta(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]{
 GUEST_METHODS = frozenset(
     {
         "exec",
+        "processes.attach",
         "processes.list",
+        "processes.resize",
         "processes.signal",
         "files.read",
+        "files.watch",
         "files.write",
         "files.list",
         "files.stat",

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from capsule.http.fleet_port import FleetService
 from capsule.http.people_ports import PeopleServices
+from capsule.http.stream_ports import StreamService
 from capsule.model import (
     CreateSandbox,
     CreateSnapshot,
@@ -179,6 +180,7 @@ class Services:
 
     authenticator: Authenticator
     sandboxes: SandboxService
+    streams: StreamService
     templates: TemplateService
     hosts: HostService
     people: PeopleServices

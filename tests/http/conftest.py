@@ -30,6 +30,7 @@ class World:
     """The fakes and the application over them."""
 
     authenticator: Any
+    streams: object
     sandboxes: Any
     templates: Any
     hosts: Any
@@ -76,6 +77,7 @@ def world(tmp_path, events):
     services = {
         "authenticator": fakes.FakeAuthenticator(),
         "sandboxes": fakes.FakeSandboxes(),
+        "streams": fakes.Nobody(),
         "templates": fakes.FakeTemplates(),
         "hosts": fakes.FakeHosts(),
         "ready": fakes.FakeReadiness(),

@@ -1,0 +1,1 @@
+"""The command line for sandboxes: `capsule sandbox`, `exec`, `cp`, `logs`, `login`."""
