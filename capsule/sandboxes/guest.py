@@ -13,6 +13,8 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Pid = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Signal = Annotated[int, msgspec.Meta(ge=1, le=64)]
+Tag = Annotated[str, msgspec.Meta(max_length=128)]
 
 FILE_TYPES = frozenset({"file", "directory", "symlink"})
 
@@ -21,6 +23,7 @@ class Ended(msgspec.Struct, frozen=True):
     """A foreground process is over."""
 
     exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)]
+    signal: Signal | None = None
     duration_ms: Count = 0
     timed_out: bool = False
 
@@ -30,6 +33,22 @@ class Started(msgspec.Struct, frozen=True):
 
     pid: Pid
     tag: str
+
+
+class Attached(msgspec.Struct, frozen=True):
+    """The first notice of a live process: of an `exec` only `pid` and `tag`."""
+
+    pid: Pid
+    tag: Tag = ""
+    pty: bool = False
+    offset: Count = 0
+    skipped: Count = 0
+
+
+class Skipped(msgspec.Struct, frozen=True):
+    """A later notice, to an observer who was too slow for so many bytes."""
+
+    skipped: Count
 
 
 class Process(msgspec.Struct, frozen=True):
