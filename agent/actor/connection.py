@@ -46,6 +46,8 @@ class Connection(abc.ABC):
         self._writing = False
         self._ready = trio.Event()
         self._scope = trio.CancelScope()
+        self.patient = False
+        """While set, a peer that is silent is not given up: somebody knows that it stands still."""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Run the connection to its end; `started()` once both sides have said HELLO.
@@ -163,6 +165,9 @@ class Connection(abc.ABC):
             while True:
                 # A PONG brings the timer forward again, so look at it at least this often.
                 await trio.sleep_until(min(self.link.next_timer(), trio.current_time() + limits.PING_INTERVAL))
+                if self.patient and self.link.peer_hello is not None:
+                    self.link.excuse(trio.current_time())
+                    continue
                 self.link.handle_timer(trio.current_time())
                 if self.link.bytes_to_send:
                     self._flush()

@@ -37,7 +37,7 @@ class ServerPeer(Connection):
         self._handler = handler
         self._streams: dict[int, ServedStream] = {}
         self._nursery: trio.Nursery | None = None
-        self._draining = False
+        self.draining = trio.Event()
         self._answered = trio.lowlevel.ParkingLot()
 
     async def _serve_until_closed(self, task_status: trio.TaskStatus[None]) -> None:
@@ -46,8 +46,11 @@ class ServerPeer(Connection):
             await super()._serve_until_closed(task_status)
 
     async def drain(self, reason: str) -> None:
-        """Take no new streams; return when those already open have been answered and written."""
-        self._draining = True
+        """Take no new streams; return when those already open have been answered and written.
+
+        A handler that would go on for ever looks at `ServedStream.draining`.
+        """
+        self.draining.set()
         self.link.goaway(FaultCode.DRAINING, reason)
         self._flush()
         while self._streams:
@@ -70,7 +73,7 @@ class ServerPeer(Connection):
                 self._streams[number].cancel()
 
     async def _answer(self, stream: ServedStream, request: Open) -> None:
-        if self._draining:
+        if self.draining.is_set():
             answer: dict[str, Any] | Fault = Fault(FaultCode.DRAINING, "this host is shutting down", retryable=True)
         else:
             answer = await self._run_handler(stream, request)
@@ -153,6 +156,11 @@ class ServedStream:
         if self.inbox.grant_due():
             self._peer._flush()  # noqa: SLF001
         return chunk
+
+    @property
+    def draining(self) -> trio.Event:
+        """Set when the server wants to end: new streams are refused, open ones had better come to an end."""
+        return self._peer.draining
 
     def credited(self) -> None:
         """The opener granted credit, or the connection is gone."""

@@ -2,8 +2,9 @@
 
 Owns: the TCP connection and its peer. Owned by: the sandbox actor, which runs `run` in its nursery.
 Takes: `open_stream`, `call` from any task. Dies when: the sandbox actor's nursery is cancelled. A connection that
-breaks (an agent restart, a guest daemon that closed it) is made again as long as the VM lives. The guest is hostile:
-whatever it sends is checked by the link, and costs its own connection at worst.
+breaks (an agent restart, a guest daemon that closed it) is made again as long as the VM lives; from a `settle` to the
+next `thaw`, silence does not break it. The guest is hostile: whatever it sends is checked by the link, and costs its
+own connection at worst.
 """
 
 from __future__ import annotations
@@ -117,7 +118,13 @@ class GuestLink:
     async def call(self, method: str, body: dict[str, Any], *, timeout: float) -> dict[str, Any]:  # noqa: ASYNC109
         """Ask the guest daemon and wait for its answer."""
         peer = await self.wait_connected(trio.current_time() + min(timeout, CONNECT_TIMEOUT))
-        return await peer.call(method, body, timeout=timeout)
+        if method == "settle":
+            peer.patient = True  # its VM is about to stand still, and may have streams open that outlive that
+        try:
+            return await peer.call(method, body, timeout=timeout)
+        finally:
+            if method == "thaw":
+                peer.patient = False
 
     @asynccontextmanager
     async def open_stream(

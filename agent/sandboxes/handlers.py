@@ -6,13 +6,11 @@ breaks; a call into a guest ends with its caller.
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import trio
 
-from agent.wire import limits
+from agent.sandboxes.guest_calls import GuestCalls
 from agent.wire.calls import (
     GUEST_METHODS,
     NOTICE_CHANNEL,
@@ -28,19 +26,11 @@ from agent.wire.calls import (
 from agent.wire.faults import Fault, FaultCode
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
-    from agent.actor.peer import OpenedStream
     from agent.actor.server import ServedStream
     from agent.sandboxes.manager import Manager
     from agent.sandboxes.outbox import Outbox
-
-HOSTS_ALONE = frozenset({FaultCode.DRAINING, FaultCode.NO_CAPACITY})
-"""What a host says of itself; from a guest it would send the control plane elsewhere."""
-
-
-MAX_GUEST_CALLS = limits.MAX_STREAMS * 7 // 8
-"""Calls into guests at once, of all sandboxes together."""
 
 
 class Handlers:
@@ -50,12 +40,12 @@ class Handlers:
         self._manager = manager
         self._outbox = outbox
         self._describe = describe
-        self._guest_calls = 0
+        self._guests = GuestCalls(manager)
 
     async def __call__(self, method: str, body: dict[str, Any], stream: ServedStream) -> dict[str, Any]:
         """Answer one request."""
         if method in GUEST_METHODS:
-            return await self._call_guest(method, body, stream)
+            return await self._guests.call(method, body, stream)
         kind, _, _ = method.partition(".")
         match kind:
             case "host":
@@ -118,71 +108,6 @@ class Handlers:
             await stream.send(msgspec.msgpack.encode({"version": version}), NOTICE_CHANNEL)
         return {}
 
-    @asynccontextmanager
-    async def _room_for_a_call(self) -> AsyncIterator[None]:
-        """Calls into guests leave some streams of the connection to creates, destroys and the monitor. Fault `busy`."""
-        if self._guest_calls >= MAX_GUEST_CALLS:
-            raise Fault(FaultCode.BUSY, "this host has too many calls under way; try again in a moment", retryable=True)
-        self._guest_calls += 1
-        try:
-            yield
-        finally:
-            self._guest_calls -= 1
-
-    async def _call_guest(self, method: str, body: dict[str, Any], served: ServedStream) -> dict[str, Any]:
-        sandbox = self._manager.find(parse(SandboxRef, body).sandbox_id)
-        question = {key: value for key, value in body.items() if key != "sandbox_id"}
-        sandbox.guest()
-        async with self._room_for_a_call(), sandbox.gate.enter():
-            timeout = served.deadline - trio.current_time()
-            guest = sandbox.guest()
-            try:
-                async with guest.open_stream(method, question, timeout=timeout) as opened:
-                    return await _join(served, opened)
-            except Fault as fault:
-                raise _explain(fault, sandbox.explain_lost(guest)) from fault
-            finally:
-                sandbox.call_ended()
-
 
 def _unknown(method: str) -> Fault:
     return Fault(FaultCode.UNKNOWN_METHOD, f"this agent does not know {method}")
-
-
-async def _join(served: ServedStream, opened: OpenedStream) -> dict[str, Any]:
-    """Pass bytes both ways until the guest's last frame; each side's credit is the only buffer."""
-
-    async def up() -> None:
-        async for channel, data in served:
-            await opened.send(data, channel)
-        await opened.end()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_quietly, up)
-        async for channel, data in opened:
-            await served.send(data, channel)
-        nursery.cancel_scope.cancel()
-    return await opened.reply()
-
-
-async def _quietly(up: Callable[[], Awaitable[None]]) -> None:
-    """A guest that went away while we sent is told by the last frame, not by the sender."""
-    try:
-        await up()
-    except Fault:
-        return
-
-
-def _explain(fault: Fault, lost: Fault | None) -> Fault:
-    """A guest's fault, or a lost guest connection (`lost`: by the host's doing), in words for the user."""
-    if fault.code in HOSTS_ALONE:
-        return Fault(FaultCode.UNAVAILABLE, "the sandbox takes no calls now", retryable=True)
-    if fault.code != FaultCode.UNAVAILABLE:
-        # `object` is our word for what was not found on this host; a guest cannot say that its sandbox is gone.
-        details = {key: value for key, value in fault.details.items() if key != "object"}
-        return Fault(fault.code, fault.message, retryable=fault.retryable, details=details)
-    if lost is not None:
-        return lost
-    return Fault(
-        FaultCode.UNAVAILABLE, "the connection into the sandbox was lost; its state is unknown", retryable=True
-    )

@@ -85,8 +85,11 @@ class Sandbox:
         """Why a call over this link has ended, if it was not the guest's doing."""
         if self.ending():
             return Fault(ended().code, "the sandbox was stopped", details={"status": Status.STOPPING})
-        if self.made.guest is not guest or self.status is not Status.RUNNING:
+        if self.made.guest is not guest:
             return Fault(ended().code, "the sandbox was paused", details={"status": self.status})
+        if self.status is not Status.RUNNING:
+            message = f"the connection into the sandbox was lost while it was {self.status}"
+            return Fault(ended().code, message, details={"status": self.status})
         return None
 
     def touch(self) -> None:

@@ -55,6 +55,12 @@ GUEST_METHODS = frozenset(
 )
 """Guest methods that the control plane may ask for; the others are the agent's own business."""
 
+LIVE_METHODS = frozenset({"processes.attach", "files.watch"})
+"""Those that always last as long as somebody looks on."""
+
+CONTROL_METHODS = frozenset({"processes.list", "processes.resize", "processes.signal"})
+"""Those that end or steer what others have started, and must get through when everything is full."""
+
 MIN_MEMORY_MB = 128
 """Debian's kernel runs out of memory while it unpacks its initramfs in 64."""
 
@@ -74,6 +80,12 @@ class SandboxRef(_Body, frozen=True, kw_only=True):
     """Names a sandbox."""
 
     sandbox_id: SandboxId
+
+
+class GuestCall(SandboxRef, frozen=True, kw_only=True):
+    """What the agent reads of a call into a guest; it keeps that to itself."""
+
+    live: bool = False
 
 
 class CreateSandbox(_Body, frozen=True, kw_only=True):

@@ -26,8 +26,9 @@ busy, little enough that a thousand streams that nobody reads cost 256 MiB at wo
 MAX_CREDIT = 16 * 1024 * 1024
 """Credit a stream can hold; a grant beyond it is an overflow attack or a bug."""
 
-MAX_STREAMS = 1024
-"""Streams open at once on one connection. More is refused by the opener before it reaches the wire."""
+MAX_STREAMS = 2048
+"""Streams open at once on one connection, most of them consoles that are quiet. More is refused by the opener before
+it reaches the wire."""
 
 MAX_STREAM_ID = 2**31 - 1
 """Stream ids only grow. A connection that has used them up is replaced."""

@@ -315,6 +315,12 @@ class Link:
         self._ping_sent = now
         self._queue(Ping(self._ping_nonce))
 
+    def excuse(self, now: float) -> None:
+        """The peer could not answer until now, through no fault of its own: its time begins anew."""
+        self._heard = now
+        if self._ping_sent is not None:
+            self._ping_sent = now
+
     def _add_stream(self, stream: int) -> None:
         assert self.peer_hello is not None  # noqa: S101 - a frame before HELLO was refused above
         self._streams[stream] = StreamBook(self.peer_hello.initial_credit, self._initial_credit)
