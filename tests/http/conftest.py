@@ -30,7 +30,7 @@ class World:
     """The fakes and the application over them."""
 
     authenticator: Any
-    streams: object
+    streams: Any
     sandboxes: Any
     templates: Any
     hosts: Any
@@ -74,10 +74,11 @@ def events():
 
 @pytest.fixture
 def world(tmp_path, events):
+    sandboxes = fakes.FakeSandboxes()
     services = {
         "authenticator": fakes.FakeAuthenticator(),
-        "sandboxes": fakes.FakeSandboxes(),
-        "streams": fakes.Nobody(),
+        "sandboxes": sandboxes,
+        "streams": fakes.FakeStreams(sandboxes),
         "templates": fakes.FakeTemplates(),
         "hosts": fakes.FakeHosts(),
         "ready": fakes.FakeReadiness(),

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import hashlib
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID, uuid4
@@ -17,12 +18,14 @@ from capsule.http.people_ports import PeopleServices
 from capsule.model import (
     ExecResult,
     ExecStarted,
+    FileContent,
     FileEntry,
     ForkFailure,
     HostCredentials,
     HostView,
     Page,
     Position,
+    ProcessExit,
     ProcessView,
     SandboxView,
     TemplateView,
@@ -253,6 +256,182 @@ class FakeSandboxes(Faulty):
     async def remove_file(self, principal, sandbox, path):
         await self._enter("remove_file", principal, sandbox, path)
         self._find(sandbox)
+
+
+class FakeProcess:
+    """A process that a test plays: `say` makes it print, `finish` ends it. `reads` unset: it does not read."""
+
+    def __init__(self, call=None, *, pid=42, tag="p42", terminal=False, offset=0, skipped=0):
+        self.call = call
+        self.pid, self.tag, self.terminal, self.offset, self.skipped = pid, tag, terminal, offset, skipped
+        self.received = bytearray()
+        self.input_ended = False
+        self.signals = []
+        self.sizes = []
+        self.left = trio.Event()
+        self.reads = trio.Event()
+        self.reads.set()
+        self.result = ProcessExit(exit_code=0, duration_ms=3)
+        self._say, self._said = trio.open_memory_channel(0)
+
+    async def say(self, data, channel=1):
+        """Print; waits until it was taken."""
+        await self._say.send((channel, data))
+
+    def fail(self, error):
+        """The stream breaks."""
+        self._say.send_nowait(error)
+
+    def finish(self, **how):
+        self.result = ProcessExit(**{"exit_code": 0, "duration_ms": 3, **how})
+        self._say.close()
+
+    async def send(self, data):
+        await self.reads.wait()
+        await trio.lowlevel.checkpoint()
+        self.received += data
+
+    async def end(self):
+        await self.reads.wait()
+        self.input_ended = True
+
+    async def __aiter__(self):
+        async for said in self._said:
+            if isinstance(said, Exception):
+                raise said
+            yield said
+
+    async def exit(self):
+        await trio.lowlevel.checkpoint()
+        return self.result
+
+    async def signal(self, number):
+        await trio.lowlevel.checkpoint()
+        self.signals.append(number)
+        if number == 9:
+            self.finish(exit_code=137, signal=9)
+
+    async def resize(self, size):
+        await trio.lowlevel.checkpoint()
+        self.sizes.append((size.cols, size.rows))
+
+
+class FakeStreams(Faulty):
+    """`processes`: those that were made, in order; `detached`: what can be attached to, by pid and tag."""
+
+    def __init__(self, sandboxes):
+        super().__init__()
+        self._sandboxes = sandboxes
+        self.processes = []
+        self.detached = {}
+        self.watched = {}
+        self.archives = {}
+        self.started = trio.Event()
+
+    @property
+    def files(self):
+        return self._sandboxes.files
+
+    def add(self, **how):
+        """A detached process, to be attached to."""
+        process = FakeProcess(**how)
+        self.detached[process.pid] = self.detached[process.tag] = process
+        return process
+
+    @asynccontextmanager
+    async def exec(self, principal, sandbox, call):
+        await self._enter("exec", principal, sandbox, call)
+        self._sandboxes._find(sandbox)
+        process = FakeProcess(call, tag=call.tag or "p42", terminal=call.terminal is not None)
+        async with self._attached(process):
+            yield process
+
+    @asynccontextmanager
+    async def attach(self, principal, sandbox, process, *, offset, observe):
+        await self._enter("attach", principal, sandbox, process, offset, observe)
+        self._sandboxes._find(sandbox)
+        if process not in self.detached:
+            raise errors.NotFound("There is no such process.")
+        async with self._attached(self.detached[process]):
+            yield self.detached[process]
+
+    @asynccontextmanager
+    async def _attached(self, process):
+        self.processes.append(process)
+        self.started.set()
+        try:
+            yield process
+        finally:
+            process.left.set()
+
+    @asynccontextmanager
+    async def watch(self, principal, sandbox, path, *, recursive):
+        """`watched[path]`: what is sent to its sending half comes out, exceptions are raised."""
+        await self._enter("watch", principal, sandbox, path, recursive)
+        self._sandboxes._find(sandbox)
+        if path not in self.files and path not in self._sandboxes.directories:
+            raise errors.FileNotFound(f"{path} does not exist.")
+        self.watched[path], seen = trio.open_memory_channel(0)
+
+        async def events():
+            async for happened in seen:
+                if isinstance(happened, Exception):
+                    raise happened
+                yield happened
+
+        async with aclosing(events()) as found:
+            try:
+                yield found
+            finally:
+                seen.close()
+
+    def _content(self, files, path):
+        if path in self._sandboxes.directories:
+            raise errors.IsADirectory(f"{path} is a directory.")
+        if path not in files:
+            raise errors.FileNotFound(f"{path} does not exist.")
+        return files[path]
+
+    @asynccontextmanager
+    async def read_stream(self, principal, sandbox, path, *, offset, length):
+        await self._enter("read_stream", principal, sandbox, path, offset, length)
+        self._sandboxes._find(sandbox)
+        content = self._content(self.files, path)
+        wanted = content[offset:] if length is None else content[offset : offset + length]
+
+        async def pieces():
+            for start in range(0, len(wanted), 65536):
+                await trio.lowlevel.checkpoint()
+                yield wanted[start : start + 65536]
+
+        async with aclosing(pieces()) as chunks:
+            yield FileContent(size=len(content), version=hashlib.sha256(content).hexdigest()[:16], chunks=chunks)
+
+    async def write_stream(self, principal, sandbox, path, source, *, size):
+        await self._enter("write_stream", principal, sandbox, path, size)
+        self._sandboxes._find(sandbox)
+        content = b"".join([chunk async for chunk in source])
+        assert size is None or len(content) == size
+        self.files[path] = content
+
+    @asynccontextmanager
+    async def read_archive(self, principal, sandbox, path):
+        await self._enter("read_archive", principal, sandbox, path)
+        self._sandboxes._find(sandbox)
+        if path not in self.archives:
+            raise errors.FileNotFound(f"{path} does not exist.")
+
+        async def pieces():
+            await trio.lowlevel.checkpoint()
+            yield self.archives[path]
+
+        async with aclosing(pieces()) as chunks:
+            yield chunks
+
+    async def write_archive(self, principal, sandbox, path, source):
+        await self._enter("write_archive", principal, sandbox, path)
+        self._sandboxes._find(sandbox)
+        self.archives[path] = b"".join([chunk async for chunk in source])
 
 
 class FakeTemplates(Faulty):
