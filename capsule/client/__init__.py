@@ -1,1 +1,87 @@
 """The Python client of the API: `Client` for plain code, `TrioClient` for Trio."""
+
+from __future__ import annotations
+
+from capsule.client.answers import (
+    ApiKey,
+    Chunk,
+    ExecResult,
+    ExitStatus,
+    FileEntry,
+    FileEvent,
+    ForkFailure,
+    Login,
+    NewApiKey,
+    ProcessInfo,
+    Reconnection,
+    SandboxInfo,
+    StartedProcess,
+    Template,
+    Transfer,
+)
+from capsule.client.errors import (
+    ApiError,
+    CapsuleError,
+    CommandFailed,
+    ConfigurationError,
+    Conflict,
+    ConnectionLost,
+    ExecTimeout,
+    Forbidden,
+    IntegrityError,
+    InvalidRequest,
+    InvalidState,
+    NotFound,
+    OutputTooLarge,
+    RateLimited,
+    StreamClosed,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+)
+from capsule.client.processes import LiveProcess
+from capsule.client.sandboxes import TrioSandbox
+from capsule.client.terminals import Terminal
+from capsule.client.trio_client import TrioClient
+from capsule.client.watches import Watch
+
+__all__ = [
+    "ApiError",
+    "ApiKey",
+    "CapsuleError",
+    "Chunk",
+    "CommandFailed",
+    "ConfigurationError",
+    "Conflict",
+    "ConnectionLost",
+    "ExecResult",
+    "ExecTimeout",
+    "ExitStatus",
+    "FileEntry",
+    "FileEvent",
+    "Forbidden",
+    "ForkFailure",
+    "IntegrityError",
+    "InvalidRequest",
+    "InvalidState",
+    "LiveProcess",
+    "Login",
+    "NewApiKey",
+    "NotFound",
+    "OutputTooLarge",
+    "ProcessInfo",
+    "RateLimited",
+    "Reconnection",
+    "SandboxInfo",
+    "StartedProcess",
+    "StreamClosed",
+    "Template",
+    "Terminal",
+    "TooLarge",
+    "Transfer",
+    "TrioClient",
+    "TrioSandbox",
+    "Unauthorized",
+    "Unavailable",
+    "Watch",
+]
