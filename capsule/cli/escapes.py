@@ -19,7 +19,8 @@ class Action(Enum):
 class Escapes:
     """Takes keys, gives back those for the remote side. `character` 0 to 255, or None: everything is for them.
 
-    The escape character is held back at the start of a line until the next key says what it means; twice it means itself.
+    The escape character is held back at the start of a line until the next key says what it means; twice it means
+    itself.
     """
 
     character: int | None = ord("~")
@@ -27,10 +28,12 @@ class Escapes:
     _held: bool = False
 
     def feed(self, keys: bytes) -> tuple[bytes, list[Action]]:
-        """Of these keys: what is to be sent, what is to be done after that. DETACH is the last; keys after it are lost."""
+        """Of these keys: what is to be sent, what is to be done after that. DETACH is the last: keys after it are
+        lost."""
         if self.character is None:
             return keys, []
-        passed, actions = bytearray(), []
+        passed = bytearray()
+        actions: list[Action] = []
         for key in keys:
             if self._held:
                 self._held = False

@@ -1,4 +1,4 @@
-"""Commands that are imported when they are called, so that `capsule exec` loads neither the platform nor `capsule cp`."""
+"""Commands that are imported when they are called, so that `capsule exec` does not wait for the platform."""
 
 from __future__ import annotations
 

@@ -14,7 +14,9 @@ from capsule.cli import stdio
 
 DEFAULT_SIZE = (80, 24)
 LARGEST = 4096
-LEAVE_MODES = b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1004l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h\x1b[0m\r\n"
+LEAVE_MODES = (
+    b"\x1b[?1047l\x1b[?1000l\x1b[?1002l\x1b[?1003l\x1b[?1004l\x1b[?1006l\x1b[?2004l\x1b[?1l\x1b>\x1b[?25h\x1b[0m\r\n"
+)
 """Ends what a full-screen program may have begun, when it is cut off: other screen, mouse, pasting, keys, cursor."""
 
 
