@@ -19,6 +19,7 @@ from capsule.client.answers import (
     Template,
     Transfer,
 )
+from capsule.client.client import BlockingProcess, BlockingTerminal, BlockingWatch, Client, Sandbox
 from capsule.client.errors import (
     ApiError,
     CapsuleError,
@@ -39,6 +40,7 @@ from capsule.client.errors import (
     Unauthorized,
     Unavailable,
 )
+from capsule.client.files import TrioFiles
 from capsule.client.processes import LiveProcess
 from capsule.client.sandboxes import TrioSandbox
 from capsule.client.terminals import Terminal
@@ -48,8 +50,12 @@ from capsule.client.watches import Watch
 __all__ = [
     "ApiError",
     "ApiKey",
+    "BlockingProcess",
+    "BlockingTerminal",
+    "BlockingWatch",
     "CapsuleError",
     "Chunk",
+    "Client",
     "CommandFailed",
     "ConfigurationError",
     "Conflict",
@@ -72,6 +78,7 @@ __all__ = [
     "ProcessInfo",
     "RateLimited",
     "Reconnection",
+    "Sandbox",
     "SandboxInfo",
     "StartedProcess",
     "StreamClosed",
@@ -80,6 +87,7 @@ __all__ = [
     "TooLarge",
     "Transfer",
     "TrioClient",
+    "TrioFiles",
     "TrioSandbox",
     "Unauthorized",
     "Unavailable",

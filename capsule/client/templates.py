@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Literal
+from typing import Literal, Protocol
 
 from capsule.client.answers import ApiKey, NewApiKey, Template
-from capsule.client.sandboxes import TrioSandbox, pages
+from capsule.client.sandboxes import pages
 from capsule.client.transport import LONG_TIMEOUT, Transport, given, segment
+
+
+class HasId(Protocol):
+    """A sandbox of either client."""
+
+    @property
+    def id(self) -> str:
+        """Of the sandbox."""
+        ...
 
 
 class TrioTemplates:
@@ -18,7 +27,7 @@ class TrioTemplates:
 
     async def create(
         self,
-        sandbox: TrioSandbox | str,
+        sandbox: HasId | str,
         name: str | None = None,
         *,
         pause: bool = False,

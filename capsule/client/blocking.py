@@ -1,0 +1,210 @@
+"""How plain code calls the Trio client: each method of it becomes one that waits, with its signature and docstring.
+
+`Client` and what it gives out stand for an object of the Trio client that lives in a thread of its own, and name the
+methods that they share: `exec = waiting(TrioSandbox.exec)`. Nothing is said twice, and type checkers know all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+
+import trio
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+P = ParamSpec("P")
+A = TypeVar("A")
+B = TypeVar("B")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+_END = object()
+
+
+class Portal:
+    """The thread in which Trio runs. Any number of threads may call at once.
+
+    Owns: the thread. Owned by: Client. Dies when: closed, or the client is forgotten; then calls raise RuntimeError.
+    """
+
+    def __init__(self) -> None:
+        opening = start_blocking_portal("trio", name="capsule-client")
+        self._portal: BlockingPortal = opening.__enter__()
+        self._close = weakref.finalize(self, _close, opening, self._portal)
+
+    @property
+    def open(self) -> bool:
+        """Not closed yet."""
+        return self._close.alive
+
+    def run(self, function: Callable[..., Awaitable[R]], *args: Any) -> R:
+        """Wait for `function(*args)`. KeyboardInterrupt, and whatever else comes up here, cancels it."""
+        return _result(self._portal.start_task_soon(function, *args))
+
+    def enter(self, manager: AbstractAsyncContextManager[A]) -> tuple[A, Callable[[], None]]:
+        """Enter `manager`, in a task of its own; its value, and what leaves it again."""
+        entered: Future[tuple[A, trio.Event]] = Future()
+        task = self._portal.start_task_soon(_hold, manager, entered)
+        try:
+            value, leaving = entered.result()
+        except BaseException:
+            task.cancel()
+            raise
+
+        def leave() -> None:
+            if self.open:  # else the task was cancelled
+                self._portal.call(leaving.set)
+                _result(task)
+
+        return value, leave
+
+    def close(self) -> None:
+        """Cancel what is under way, and end the thread; again: nothing."""
+        self._close()
+
+
+async def _hold(manager: AbstractAsyncContextManager[A], entered: Future[tuple[A, trio.Event]]) -> None:
+    """Enter, say so, and leave when asked to."""
+    leaving = trio.Event()
+    try:
+        async with manager as value:
+            entered.set_result((value, leaving))
+            await leaving.wait()
+    except BaseException as exc:
+        if not entered.done():
+            entered.set_exception(CancelledError() if isinstance(exc, trio.Cancelled) else exc)
+        raise
+
+
+def _result(future: Future[R]) -> R:
+    try:
+        return future.result()
+    except CancelledError:
+        problem = "the client was closed"
+    except BaseException:
+        future.cancel()
+        raise
+    raise RuntimeError(problem)
+
+
+def _close(opening: AbstractContextManager[BlockingPortal], portal: BlockingPortal) -> None:
+    with contextlib.suppress(RuntimeError):  # it has stopped
+        portal.call(portal.stop, True)
+    opening.__exit__(None, None, None)
+
+
+class Facade(Generic[A]):
+    """Stands for an object of the Trio client."""
+
+    def __init__(self, portal: Portal, inner: A) -> None:
+        self._portal = portal
+        self._inner = inner
+
+    def __repr__(self) -> str:
+        return repr(self._inner).replace("Trio", "")
+
+
+class Method(Protocol[P, R_co]):
+    """What type checkers take such a method for; in truth it is a plain function."""
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Callable[Concatenate[Any, P], R_co]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> Callable[P, R_co]: ...
+
+
+def waiting(method: Callable[Concatenate[Any, P], Awaitable[R]]) -> Method[P, R]:
+    """The method, to its end."""
+    return waiting_as(method, as_it_is)
+
+
+def waiting_as(method: Callable[Concatenate[Any, P], Awaitable[A]], convert: Callable[[Portal, A], B]) -> Method[P, B]:
+    """The method, and of what it returns, what plain code can use."""
+
+    def wait(facade: Facade[Any], *args: P.args, **kwargs: P.kwargs) -> B:
+        portal, inner = facade._portal, facade._inner
+        return convert(portal, portal.run(functools.partial(method, inner, *args, **kwargs)))
+
+    return _as_method(method, wait)
+
+
+def iterating(
+    method: Callable[Concatenate[Any, P], AsyncIterator[A]], convert: Callable[[Portal, A], B]
+) -> Method[P, Iterator[B]]:
+    """The method, as a generator."""
+
+    def iterate(facade: Facade[Any], *args: P.args, **kwargs: P.kwargs) -> Iterator[B]:
+        portal, source = facade._portal, method(facade._inner, *args, **kwargs)
+        while (item := portal.run(_next, source)) is not _END:
+            yield convert(portal, item)
+
+    return _as_method(method, iterate)
+
+
+def entering(
+    method: Callable[Concatenate[Any, P], AbstractAsyncContextManager[A]], facade: Callable[[Portal, A], B]
+) -> Method[P, AbstractContextManager[B]]:
+    """The method, as a plain context manager of what stands for its value."""
+
+    def enter(self: Facade[Any], *args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[B]:
+        return _Entered(self._portal, method(self._inner, *args, **kwargs), facade)
+
+    return _as_method(method, enter)
+
+
+class _Entered(Generic[A, B]):
+    """A context of the Trio client, entered and left in a task of its own there."""
+
+    def __init__(
+        self, portal: Portal, manager: AbstractAsyncContextManager[A], facade: Callable[[Portal, A], B]
+    ) -> None:
+        self._portal = portal
+        self._manager = manager
+        self._facade = facade
+        self._leave: Callable[[], None] | None = None
+
+    def __enter__(self) -> B:
+        value, self._leave = self._portal.enter(self._manager)
+        return self._facade(self._portal, value)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, failure: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # What went wrong in the caller's thread stays there: leaving a stream is the same, whatever the reason.
+        if self._leave is not None:
+            self._leave()
+
+
+class Iterable(Facade[A], Generic[A, B]):
+    """A stream: `for item in stream`, in one thread at a time."""
+
+    def __iter__(self) -> Iterator[B]:
+        return self
+
+    def __next__(self) -> B:
+        """The next item, when it is there; StopIteration at the end."""
+        item = self._portal.run(_next, self._inner)
+        if item is _END:
+            raise StopIteration
+        return cast("B", item)
+
+
+def as_it_is(_: Portal, item: A) -> A:
+    """For what is no object of the Trio client."""
+    return item
+
+
+async def _next(source: AsyncIterator[Any]) -> Any:
+    """Its next item, or _END: no StopIteration passes through a coroutine."""
+    return await anext(source, _END)
+
+
+def _as_method(method: Callable[..., Any], function: Callable[Concatenate[Any, P], R]) -> Method[P, R]:
+    """`function` with the name, the signature and the docstring of `method`."""
+    return cast("Method[P, R]", functools.wraps(method)(function))
