@@ -198,6 +198,20 @@ class UnsupportedMediaType(CapsuleError):
     status = 415
 
 
+class RangeNotSatisfiable(CapsuleError):
+    """The file has none of the bytes in the header `Range`; `size` is how many it has."""
+
+    code = "range_not_satisfiable"
+    status = 416
+
+
+class UpgradeRequired(CapsuleError):
+    """This path is a WebSocket: send the headers that ask for one."""
+
+    code = "upgrade_required"
+    status = 426
+
+
 class RateLimited(CapsuleError):
     """Too many attempts; try again after `Retry-After` seconds."""
 

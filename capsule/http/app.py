@@ -116,7 +116,7 @@ def resources(services: Services, spool: Spool) -> list[Operation[Any, Any]]:
         *execs.operations(services.sandboxes, unread),
         *processes.operations(services.sandboxes),
         *files.operations(services.sandboxes, spool, unread),
-        *file_streams.operations(services.streams, spool),
+        *file_streams.operations(services.streams, services.sandboxes, spool),
         *snapshots.operations(services.templates),
         *hosts.operations(services.hosts),
         *fleet.operations(services.fleet),

@@ -34,6 +34,15 @@ FORM_BYTES = 64 * 1024
 logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 
+PATIENCE = 60.0
+"""Seconds before the pace of an upload counts; waiting for a place in the spool is among them."""
+
+MIN_BYTES_PER_SECOND = 32 * 1024
+
+PARTS = frozenset({"path", "file"})
+"""Both must be there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
     """A form that has arrived completely."""
@@ -42,21 +51,16 @@ class Upload:
     content: SpooledFile
 
 
-PATIENCE = 60.0
-"""Seconds before the pace of an upload counts; waiting for a place in the spool is among them."""
-
-MIN_BYTES_PER_SECOND = 32 * 1024
-
-
 @asynccontextmanager
 async def receive_upload(request: ApiRequest, spool: Spool) -> AsyncIterator[Upload]:
     """Read the whole form. InvalidRequest for a malformed, cut or wrong one; TooLarge; UnsupportedMediaType; Busy."""
-    form = Form(_boundary(request))
+    form = Form(boundary_of(request))
     if (request.content_length or 0) > MAX_FILE_BYTES + FORM_BYTES:
         raise _too_large()
     async with spool.open() as content:
         await _receive(request, form, content)
-        yield Upload(form.finish(), content)
+        form.finish()
+        yield Upload(form.path, content)
 
 
 async def _receive(request: ApiRequest, form: Form, content: SpooledFile) -> None:
@@ -75,16 +79,20 @@ async def _receive(request: ApiRequest, form: Form, content: SpooledFile) -> Non
 
 
 class Form:
-    """The form as a push parser: `feed` bytes as they come, get the file's bytes back. No I/O."""
+    """The form as a push parser: `feed` bytes as they come, get the file's bytes back. No I/O.
 
-    def __init__(self, boundary: bytes) -> None:
-        self._path = bytearray()
-        self._seen: set[str] = set()
+    `optional`: names of small parts that may come beside PARTS.
+    """
+
+    def __init__(self, boundary: bytes, optional: frozenset[str] = frozenset()) -> None:
+        self._allowed = PARTS | optional
+        self._values: dict[str, bytearray] = {}
         self._part = ""
         self._header_name = bytearray()
         self._header_value = bytearray()
         self._disposition = b""
         self._content: list[bytes] = []
+        self._around = 0
         self._complete = False
         self._parser = _parser(boundary, self)
 
@@ -95,16 +103,32 @@ class Form:
         except FormParserError as err:
             raise InvalidRequest(f"The form is malformed: {err}.") from None
         content, self._content = self._content, []
+        # What the parser holds back of the file's end counts, too, until it comes out.
+        self._around += len(data) - sum(map(len, content))
+        if self._around > FORM_BYTES:
+            raise InvalidRequest(f"The form has more than {FORM_BYTES} bytes around the file.")
         return content
 
-    def finish(self) -> str:
-        """The body has ended: the path, if the form is complete and both parts came."""
+    def has(self, name: str) -> bool:
+        """Whether that part has begun."""
+        return name in self._values
+
+    def value(self, name: str) -> bytes:
+        """A small part's content so far; empty for one that did not come."""
+        return bytes(self._values.get(name, b""))
+
+    @property
+    def path(self) -> str:
+        """The path in the sandbox; InvalidRequest when it cannot be one."""
+        return parse_path(self.value("path"))
+
+    def finish(self) -> None:
+        """The body has ended; InvalidRequest unless the form is complete and PARTS came."""
         if not self._complete:
             raise InvalidRequest("The form ends in the middle: its last boundary is missing. Nothing was written.")
         for name in ("path", "file"):
-            if name not in self._seen:
+            if name not in self._values:
                 raise InvalidRequest(f"{name}: this part is missing.", field=name)
-        return parse_path(bytes(self._path))
 
     def on_part_begin(self) -> None:
         """A part starts; its headers follow."""
@@ -132,11 +156,11 @@ class Form:
         name = options.get(b"name", b"").decode(errors="replace")
         if kind != b"form-data" or not name:
             raise InvalidRequest("Every part needs a Content-Disposition: form-data with a name.")
-        if name not in {"path", "file"}:
+        if name not in self._allowed:
             raise InvalidRequest(f"{name[:64]}: there is no such part; send `path` and `file`.", field=name[:64])
-        if name in self._seen:
+        if name in self._values:
             raise InvalidRequest(f"{name}: given twice.", field=name)
-        self._seen.add(name)
+        self._values[name] = bytearray()
         self._part = name
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -144,9 +168,10 @@ class Form:
         if self._part == "file":
             self._content.append(data[start:end])
             return
-        self._path += data[start:end]
-        if len(self._path) > fields.MAX_PATH_BYTES:
-            raise InvalidRequest(f"path: longer than {fields.MAX_PATH_BYTES} bytes.", field="path")
+        value = self._values[self._part]
+        value += data[start:end]
+        if len(value) > fields.MAX_PATH_BYTES:
+            raise InvalidRequest(f"{self._part}: longer than {fields.MAX_PATH_BYTES} bytes.", field=self._part)
 
     def on_end(self) -> None:
         """The last boundary has come."""
@@ -180,7 +205,8 @@ def _parser(boundary: bytes, form: Form) -> MultipartParser:
         raise InvalidRequest(f"The form is malformed: {err}.") from None
 
 
-def _boundary(request: ApiRequest) -> bytes:
+def boundary_of(request: ApiRequest) -> bytes:
+    """What stands between the parts. UnsupportedMediaType, InvalidRequest."""
     kind, options = parse_options_header(request.headers.get("Content-Type", ""))
     if kind != b"multipart/form-data":
         raise UnsupportedMediaType("Send the file as multipart/form-data with the parts `path` and `file`.")

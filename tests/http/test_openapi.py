@@ -50,7 +50,7 @@ async def test_both_names_are_described_alike(document):
     """/v1/capsules has all of /v1/sandboxes, under operation ids of its own."""
     paths = document["paths"]
     names = [path for path in paths if path.startswith("/v1/sandboxes")]
-    assert len(names) == 14
+    assert len(names) == 16
     for path in names:
         other = paths[path.replace("/v1/sandboxes", "/v1/capsules")]
         assert other.keys() == paths[path].keys()

@@ -40,7 +40,8 @@ def parse(body, cuts=()):
     edges = [0, *sorted(cut % (len(body) + 1) for cut in cuts), len(body)]
     for start, end in pairwise(edges):
         content += b"".join(form.feed(body[start:end]))
-    return form.finish(), content
+    form.finish()
+    return form.path, content
 
 
 NASTY = st.lists(

@@ -48,6 +48,8 @@ BODIES = {
     "execInSandbox": _json(lambda _: {"cmd": "true"}),
     "writeFile": lambda _: {"files": {"path": (None, "/a"), "file": ("a", b"x")}},
     "readFile": _json(lambda _: {"path": "/a"}),
+    "writeFileStream": lambda _: {"files": {"path": (None, "/a"), "file": ("a", b"x")}},
+    "readFileStream": _json(lambda _: {"path": "/a"}),
     "listFiles": _json(lambda _: {"path": "/a"}),
     "makeDirectory": _json(lambda _: {"path": "/a"}),
     "removeFile": _json(lambda _: {"path": "/a"}),
