@@ -1,0 +1,615 @@
+"""…/files/stream/write and …/files/stream/read: any order, any split, any range, and nothing held."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from base64 import b64encode
+from contextlib import asynccontextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import pytest
+import trio
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from capsule import errors
+from capsule.http import file_streams, ranges, requests, spool, uploads
+from capsule.http.ranges import Range
+from capsule.http.server import serve
+from capsule.model import FileContent
+
+KEY = "cap_0123456789abcdef0123456789abcdef01234567"
+BOUNDARY = b"xBOUNDARYx"
+END = b"--" + BOUNDARY + b"--\r\n"
+MIB = 1024 * 1024
+FORM = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY.decode()}"}
+
+
+def part(name, content, more=b""):
+    return b'--%s\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (BOUNDARY, name, more, content)
+
+
+PATH = part(b"path", b"/a")
+FILE = part(b"file", b"content", b'; filename="x.txt"\r\nContent-Type: text/plain')
+TAR = part(b"format", b"tar")
+RAW = part(b"format", b"raw")
+
+
+def digest_of(content):
+    return f"sha-256=:{b64encode(hashlib.sha256(content).digest()).decode()}:"
+
+
+def reset_peak():
+    """Start measuring the largest resident size of this process anew; the size now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def memory(name):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{name}:")[1].split()[0]) * 1024
+
+
+@pytest.fixture
+def base(api):
+    return f"/v1/sandboxes/sb-{api.sandboxes.add().id}/files/stream"
+
+
+async def in_pieces(body, size=16):
+    """`body` as a generator: each piece is a chunk of its own on the wire, which the server sees one by one."""
+    for start in range(0, len(body), size):
+        await trio.lowlevel.checkpoint()
+        yield body[start : start + size]
+
+
+@pytest.fixture
+def write(api, base):
+    async def write(body):
+        content = in_pieces(body) if isinstance(body, bytes) and len(body) < 10_000 else body
+        return await api.client.post(f"{base}/write", content=content, headers=FORM)
+
+    return write
+
+
+@pytest.fixture
+def served(world):
+    """A client of the application in a thread of its own: generated tests are synchronous."""
+    started, token, port, shutdown = threading.Event(), None, 0, None
+
+    async def main():
+        nonlocal token, port, shutdown
+        token, shutdown = trio.lowlevel.current_trio_token(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(partial(serve, world.app, ("127.0.0.1", 0), shutdown=shutdown, grace=1))
+            started.set()
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    assert started.wait(10)
+    base = f"http://127.0.0.1:{port}/v1/sandboxes/sb-{world.sandboxes.add().id}/files/stream"
+    with httpx.Client(base_url=base, headers={"X-API-Key": KEY}, trust_env=False) as client:
+        yield client
+    token.run_sync_soon(shutdown.set)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def read(api, base):
+    async def read(path="/a", **headers):
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return await api.client.post(f"{base}/read", json={"path": path}, headers=named)
+
+    return read
+
+
+def asked(api, method):
+    return [call for call in api.streams.asked if call[0] == method]
+
+
+@pytest.mark.parametrize("order", [(PATH, FILE), (FILE, PATH), (PATH, RAW, FILE), (FILE, RAW, PATH), (PATH, FILE, RAW)])
+async def test_parts_in_any_order(api, write, order):
+    """With the digest of what was written. A size is known of what had to wait."""
+    answer = await write(b"".join(order) + END)
+    assert answer.status_code == 204, answer.text
+    assert api.sandboxes.files == {"/a": b"content"}
+    assert answer.headers["repr-digest"] == digest_of(b"content")
+    assert [call[1][2:] for call in asked(api, "write_stream")] == [("/a", 7 if order[0] is FILE else None)]
+    assert not list(api.spool_dir.iterdir())
+
+
+async def test_both_names(api):
+    """As all of a sandbox."""
+    sandbox = api.sandboxes.add().id
+    for name in ("sandboxes", "capsules"):
+        base = f"/v1/{name}/sb-{sandbox}/files/stream"
+        assert (await api.client.post(f"{base}/write", content=PATH + FILE + END, headers=FORM)).status_code == 204
+        assert (await api.client.post(f"{base}/read", json={"path": "/a"})).content == b"content"
+
+
+@pytest.mark.parametrize("order", [(PATH, TAR, FILE), (TAR, PATH, FILE), (FILE, TAR, PATH), (TAR, FILE, PATH)])
+async def test_an_archive(api, write, order):
+    """`format` says what the file is."""
+    answer = await write(b"".join(order) + END)
+    assert answer.status_code == 204, answer.text
+    assert api.streams.archives == {"/a": b"content"}
+    assert not api.sandboxes.files
+
+
+async def test_what_is_an_archive_is_said_before_it(api, refused, write):
+    """Else it has gone into a file already, which is not replaced then."""
+    api.sandboxes.files["/a"] = b"old"
+    answer = await write(PATH + FILE + TAR + END)
+    assert refused(answer, 400, "invalid_request")["field"] == "format"
+    assert api.sandboxes.files == {"/a": b"old"}
+    assert not api.streams.archives
+
+
+def test_any_split(served, world):
+    """Wherever the network cuts, the bytes arrive as they are."""
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.binary(max_size=400), st.lists(st.integers(0, 2000), max_size=10), st.booleans())
+    def check(content, cuts, path_first):
+        assume(b"\r\n--" + BOUNDARY not in b"\r\n" + content)
+        parts = [PATH, part(b"file", content)]
+        body = b"".join(parts if path_first else reversed(parts)) + END
+        edges = [0, *sorted(cut % (len(body) + 1) for cut in cuts), len(body)]
+        pieces = (body[start:end] for start, end in pairwise(edges) if start < end)
+        answer = served.post("/write", content=pieces, headers=FORM)
+        assert answer.status_code == 204, answer.text
+        assert world.sandboxes.files["/a"] == content
+        assert answer.headers["repr-digest"] == digest_of(content)
+
+    check()
+
+
+@pytest.mark.parametrize("order", [(PATH, FILE), (FILE, PATH)])
+async def test_cut_at_any_byte(api, write, order):
+    """Every beginning of the form is refused, and the old file stays: the source must fail before its end."""
+    body = b"".join(order) + END
+    api.sandboxes.files["/a"] = b"old"
+    for length in range(len(body) - 3):  # without the line break behind its last boundary a form is whole
+        answer = await write(body[:length])
+        assert answer.status_code == 400, (length, answer.text)
+        assert api.sandboxes.files == {"/a": b"old"}
+
+
+@pytest.mark.parametrize("ending", [b"Content-Length: 500\r\n", b"Transfer-Encoding: chunked\r\n"])
+@pytest.mark.parametrize("body", [PATH + FILE, FILE + PATH, PATH + FILE + END])
+async def test_a_client_that_breaks_off(api, base, until, ending, body):
+    """The connection ends inside the body: the source never comes to its end."""
+    api.sandboxes.files["/a"] = b"old"
+    head = api.head("POST", f"{base}/write", f"Content-Type: {FORM['Content-Type']}")
+    sent = head.removesuffix(b"\r\n") + ending + b"\r\n"
+    sent += b"%x\r\n%s\r\n" % (len(body), body) if b"chunked" in ending else body
+    async with await trio.open_tcp_stream("127.0.0.1", api.port) as stream:
+        await stream.send_all(sent)
+        await stream.send_eof()
+        with trio.fail_after(20):
+            assert b"204" not in b"".join([chunk async for chunk in stream])
+    assert api.sandboxes.files == {"/a": b"old"}
+
+
+MALFORMED = {
+    "file twice": (PATH + FILE + FILE + END, "file"),
+    "a part behind it": (PATH + FILE + part(b"mode", b"1") + END, "mode"),
+    "no path at all": (FILE + END, "path"),
+    "no file": (PATH + END, "file"),
+    "nothing": (b"", None),
+    "a bad path": (part(b"path", b"a") + FILE + END, "path"),
+    "a bad path behind it": (FILE + part(b"path", b"/../a") + END, "path"),
+    "another format": (PATH + part(b"format", b"zip") + FILE + END, "format"),
+    "another format behind it": (FILE + PATH + part(b"format", b"zip") + END, "format"),
+    "noise behind the file": (PATH + FILE + b"--" + BOUNDARY + b"\r\nnoise\0\r\n\r\n", None),
+    "too much around it": (PATH + FILE + b"--" + BOUNDARY + b"\r\nX: " + b"x" * 70_000, None),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_a_wrong_form(api, refused, write, name):
+    """Also one that turns out to be wrong when the file has passed through already."""
+    api.sandboxes.files["/a"] = b"old"
+    body, field = MALFORMED[name]
+    assert refused(await write(body), 400, "invalid_request").get("field") == field
+    assert api.sandboxes.files == {"/a": b"old"}
+
+
+async def test_a_sandbox_that_does_not_run(api, refused, base):
+    """Before a byte is taken."""
+    paused = api.sandboxes.add("paused").id
+    answer = await api.client.post(
+        f"/v1/sandboxes/sb-{paused}/files/stream/write", content=FILE + PATH + END, headers=FORM
+    )
+    refused(answer, 409, "invalid_state")
+
+
+async def test_who_lost_the_right_writes_nothing(api, refused, write, monkeypatch):
+    """Looked up again when all has come (trap 19), and while it comes."""
+    api.sandboxes.files["/a"] = b"old"
+    known = api.authenticator.api_key
+
+    async def once(key):
+        monkeypatch.setattr(api.authenticator, "api_key", revoked)
+        return await known(key)
+
+    async def revoked(_key):
+        raise errors.Unauthorized("This API key is unknown or revoked.")
+
+    monkeypatch.setattr(api.authenticator, "api_key", once)
+    refused(await write(PATH + FILE + END), 401, "unauthorized")
+    assert api.sandboxes.files == {"/a": b"old"}
+
+
+class Sink:
+    """A service that takes everything and keeps nothing, and gives as much as it is told to."""
+
+    def __init__(self):
+        self.digest = hashlib.sha256()
+        self.largest = self.count = 0
+        self.gate = trio.Event()
+        self.gate.set()
+
+    async def write_stream(self, _principal, _sandbox, _path, source, *, size):
+        async for chunk in source:
+            await self.gate.wait()
+            self.digest.update(chunk)
+            self.count += len(chunk)
+            self.largest = max(self.largest, len(chunk))
+
+    @asynccontextmanager
+    async def read_stream(self, _principal, _sandbox, _path, *, offset, length):
+        async def chunks():
+            for _ in range(300 * 16):
+                self.count += 65536
+                yield bytes(65536)
+
+        content = chunks()
+        try:
+            yield FileContent(size=300 * MIB, version="v", chunks=content)
+        finally:
+            await content.aclose()
+
+
+@pytest.fixture
+def sink(api, monkeypatch):
+    """Stands in for the streams."""
+    sink = Sink()
+    for name in ("write_stream", "read_stream"):
+        monkeypatch.setattr(api.streams, name, getattr(sink, name))
+    return sink
+
+
+@pytest.mark.parametrize("path_first", [True, False])
+async def test_a_large_upload_costs_no_memory(api, write, sink, path_first):
+    """300 MiB, more than …/files/write takes: straight through, or over the disk."""
+    size, piece = 300 * MIB, bytes(range(256)) * 4096
+    lead, end = part(b"file", b"").removesuffix(b"\r\n"), b"\r\n"
+
+    async def pieces():
+        yield (PATH if path_first else b"") + lead
+        for _ in range(size // MIB):
+            yield piece
+        yield end + (b"" if path_first else PATH) + END
+
+    before = reset_peak()
+    answer = await write(pieces())
+    assert answer.status_code == 204, answer.text
+    assert sink.count == size
+    assert answer.headers["repr-digest"] == f"sha-256=:{b64encode(sink.digest.digest()).decode()}:"
+    assert memory("VmHWM") - before < 30 * MIB
+    assert not list(api.spool_dir.iterdir())
+
+
+async def test_a_large_download_costs_no_memory(api, base, sink):
+    """Nor does one whose client reads in its own time."""
+    before = reset_peak()
+    count = 0
+    async with api.client.stream("POST", f"{base}/read", json={"path": "/a"}) as answer:
+        async for chunk in answer.aiter_raw():
+            count += len(chunk)
+    assert count == 300 * MIB
+    assert memory("VmHWM") - before < 30 * MIB
+
+
+async def test_a_slow_sandbox_slows_the_client(api, base, sink):
+    """What is not taken is not read from the socket, and is no fault of the client's."""
+    sink.gate = trio.Event()
+    sent = 0
+    head = api.head("POST", f"{base}/write", f"Content-Type: {FORM['Content-Type']}", f"Content-Length: {500 * MIB}")
+    lead = part(b"file", b"").removesuffix(b"\r\n")
+    async with await trio.open_tcp_stream("127.0.0.1", api.port) as stream:
+        await stream.send_all(head + PATH + lead)
+        with trio.move_on_after(2):
+            while True:
+                await stream.send_all(bytes(65536))
+                sent += 65536
+    assert 0 < sent < 30 * MIB
+
+
+async def test_a_stalled_upload_is_ended(api, base, monkeypatch):
+    """408, and the old file stays."""
+    monkeypatch.setattr(requests, "CHUNK_TIMEOUT", 0.1)
+    monkeypatch.setattr("capsule.http.connection.DRAIN_TIMEOUT", 0.1)
+    api.sandboxes.files["/a"] = b"old"
+    head = api.head("POST", f"{base}/write", f"Content-Type: {FORM['Content-Type']}", "Content-Length: 1000")
+    answer = await api.raw(head + PATH + FILE)
+    assert b" 408 " in answer
+    assert api.sandboxes.files == {"/a": b"old"}
+
+
+async def test_a_trickle_is_ended(api, base, monkeypatch):
+    """A byte now and then keeps nothing open for ever, however much has come before."""
+    monkeypatch.setattr(uploads, "PATIENCE", 0.3)
+    monkeypatch.setattr("capsule.http.connection.DRAIN_TIMEOUT", 0.1)
+    head = api.head("POST", f"{base}/write", f"Content-Type: {FORM['Content-Type']}", f"Content-Length: {500 * MIB}")
+    lead = part(b"file", b"").removesuffix(b"\r\n")
+    async with await trio.open_tcp_stream("127.0.0.1", api.port) as stream:
+        await stream.send_all(head + PATH + lead + bytes(20 * MIB))
+
+        async def trickle():
+            with trio.move_on_after(20):
+                while True:
+                    await stream.send_all(b"x")
+                    await trio.sleep(0.05)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trickle)
+            with trio.fail_after(10):
+                assert b" 408 " in await stream.receive_some()
+            nursery.cancel_scope.cancel()
+
+
+async def test_no_room_for_what_comes_before_its_path(api, refused, write, monkeypatch):
+    """413 when it would never fit, 503 when others are in the way; both say what helps. With its path first it fits."""
+    monkeypatch.setattr(spool, "LARGE_BYTES", 4 * MIB)
+    large = part(b"file", bytes(6 * MIB))
+    answer = await write(large + PATH + END)
+    assert "before `file`" in refused(answer, 413, "too_large")["message"]
+
+    async def pieces():  # of a length that is not known before
+        yield large[: 5 * MIB]
+        yield large[5 * MIB :] + PATH + END
+
+    refused(await write(pieces()), 413, "too_large")
+    monkeypatch.setattr(spool, "LARGE_BYTES", 7 * MIB)
+    taken = spool.Budget.take
+
+    async def crowded(budget, amount, total):
+        budget.held += 4 * MIB
+        try:
+            await taken(budget, amount, total)
+        finally:
+            budget.held -= 4 * MIB
+
+    monkeypatch.setattr(spool.Budget, "take", crowded)
+    answer = await write(large + PATH + END)
+    assert "before `file`" in refused(answer, 503, "busy")["message"]
+    monkeypatch.setattr(spool.Budget, "take", taken)
+    assert (await write(PATH + large + END)).status_code == 204
+    assert (await write(large + PATH + END)).status_code == 204  # what the others took was given back
+    assert not list(api.spool_dir.iterdir())
+
+
+async def test_the_disk_is_shared(tmp_path, monkeypatch):
+    """Never more than half of what is free."""
+    budget = spool.Budget(tmp_path, trio.CapacityLimiter(1))
+    monkeypatch.setattr("os.statvfs", lambda _: type("Disk", (), {"f_bavail": 100, "f_frsize": 1000}))
+    await budget.take(50_000, 50_000)
+    with pytest.raises(errors.TooLarge):
+        await budget.take(80_000, 80_000)
+    with pytest.raises(errors.Busy):
+        await budget.take(30_000, 30_000)
+    budget.give_back(50_000)
+    await budget.take(30_000, 30_000)
+
+
+CONTENT = bytes(range(256)) * 10
+
+
+@pytest.mark.parametrize("content", [b"", CONTENT])
+async def test_read_all(api, read, content):
+    """With its length and version; also when a range cannot be served as one."""
+    api.sandboxes.files["/a"] = content
+    for header in ({}, {"Range": "bytes=0-1,5-9"}, {"Range": "lines=1-2"}, {"Range": "bytes=9-3"}, {"Range": "x"}):
+        answer = await read(**header)
+        assert (answer.status_code, answer.content) == (200, content)
+        assert answer.headers["content-length"] == str(len(content))
+        assert answer.headers["accept-ranges"] == "bytes"
+        assert answer.headers["etag"].startswith('"')
+        assert answer.headers["content-type"] == "application/octet-stream"
+
+
+def test_any_range(served, world):
+    """The very bytes, or 416 with the size."""
+    world.sandboxes.files["/a"] = CONTENT
+    size = len(CONTENT)
+
+    @settings(deadline=None, max_examples=150)
+    @given(st.integers(0, 3000) | st.none(), st.integers(0, 3000) | st.integers(0, 10**30) | st.none())
+    def check(first, last):
+        header = f"bytes={'' if first is None else first}-{'' if last is None else last}"
+        answer = served.post("/read", json={"path": "/a"}, headers={"Range": header})
+        if (first is None and last is None) or (first is not None and last is not None and last < first):
+            assert (answer.status_code, answer.content) == (200, CONTENT)
+            return
+        begin, end = (max(0, size - last), size) if first is None else (first, size if last is None else last + 1)
+        if begin >= size:
+            assert answer.status_code == 416
+            assert answer.json()["error"]["code"] == "range_not_satisfiable"
+            assert answer.json()["error"]["size"] == size
+            assert answer.headers["content-range"] == f"bytes */{size}"
+            return
+        assert (answer.status_code, answer.content) == (206, CONTENT[begin:end])
+        assert answer.headers["content-range"] == f"bytes {begin}-{min(end, size) - 1}/{size}"
+        assert answer.headers["content-length"] == str(len(answer.content))
+
+    check()
+
+
+@given(
+    st.text(max_size=40) | st.from_regex(r"bytes=[0-9]{0,30}-[0-9]{0,30}", fullmatch=True), st.integers(0, 2**63 - 1)
+)
+def test_no_header_is_a_bug(header, size):
+    """Any Range header is understood or left out, and what it means lies within the file."""
+    wanted = ranges.parse(header)
+    span = wanted.within(size) if wanted is not None else None
+    if span is not None:
+        assert 0 <= span.first <= span.last < size
+        assert span.size == size
+    if wanted is not None:
+        assert 0 <= wanted.first <= ranges.MAX_POSITION
+        assert 0 <= (wanted.wanted or 0) <= ranges.MAX_POSITION
+
+
+async def test_a_resumed_download_equals_the_file(api, read):
+    """Part by part, by the version of the first."""
+    api.sandboxes.files["/a"] = CONTENT
+    first = await read(Range="bytes=0-99")
+    content, tag = first.content, first.headers["etag"]
+    while len(content) < len(CONTENT):
+        answer = await read(Range=f"bytes={len(content)}-{len(content) + 500}", If_Range=tag)
+        assert answer.status_code == 206
+        content += answer.content
+    assert content == CONTENT
+
+
+async def test_a_file_that_changed_is_sent_whole(api, read):
+    """If-Range with the version of before, or with what is no version of ours: 200."""
+    api.sandboxes.files["/a"] = CONTENT
+    tag = (await read(Range="bytes=0-99")).headers["etag"]
+    for old in (tag.strip('"'), f"W/{tag}", "Sun, 06 Nov 1994 08:49:37 GMT", '"other"'):
+        answer = await read(Range="bytes=100-", If_Range=old)
+        assert (answer.status_code, answer.content) == (200, CONTENT)
+    changed = bytes(reversed(CONTENT))
+    api.sandboxes.files["/a"] = changed
+    for wanted in ("bytes=100-", "bytes=-5", "bytes=999999-"):
+        answer = await read(Range=wanted, If_Range=tag)
+        assert (answer.status_code, answer.content) == (200, changed)
+        assert answer.headers["etag"] != tag
+
+
+class Changing:
+    """A file that is another one, of another size, each time it is opened."""
+
+    def __init__(self, *contents):
+        self._contents = list(contents)
+
+    @asynccontextmanager
+    async def read_stream(self, _principal, _sandbox, _path, *, offset, length):
+        content = self._contents.pop(0) if len(self._contents) > 1 else self._contents[0]
+
+        async def chunks():
+            yield content[offset:] if length is None else content[offset : offset + length]
+
+        generator = chunks()
+        try:
+            yield FileContent(size=len(content), version=str(len(content)), chunks=generator)
+        finally:
+            await generator.aclose()
+
+
+async def test_the_end_of_a_file_that_changes(api, read, monkeypatch):
+    """The last bytes are those of one version; one that never stands still is sent whole."""
+    growing = [b"x" * size + b"end" + str(size).encode() for size in (10, 20, 30)]
+    monkeypatch.setattr(api.streams, "read_stream", Changing(growing[0], growing[1]).read_stream)
+    answer = await read(Range="bytes=-5")
+    assert (answer.status_code, answer.content) == (206, b"end20")
+    monkeypatch.setattr(api.streams, "read_stream", Changing(*growing, b"whole").read_stream)
+    answer = await read(Range="bytes=-5")
+    assert (answer.status_code, answer.content) == (200, b"whole")
+
+
+async def test_a_file_without_a_size(api, read, monkeypatch):
+    """Chunked, without ranges and version."""
+
+    @asynccontextmanager
+    async def read_stream(_principal, _sandbox, _path, *, offset, length):
+        async def chunks():
+            yield b"proc"[offset:]
+
+        generator = chunks()
+        try:
+            yield FileContent(size=None, version=None, chunks=generator)
+        finally:
+            await generator.aclose()
+
+    monkeypatch.setattr(api.streams, "read_stream", read_stream)
+    for header in ({}, {"Range": "bytes=1-"}, {"Range": "bytes=-1"}):
+        answer = await read(**header)
+        assert (answer.status_code, answer.content) == (200, b"proc")
+        assert not {"content-length", "etag", "accept-ranges"} & answer.headers.keys()
+
+
+@pytest.mark.parametrize(("path", "status", "code"), [("/none", 404, "file_not_found"), ("/", 400, "is_a_directory")])
+async def test_refusals_come_before_the_first_byte(read, refused, path, status, code):
+    """Also when a part is asked for."""
+    refused(await read(path), status, code)
+    refused(await read(path, Range="bytes=-5"), status, code)
+
+
+async def test_an_archive_is_read(api, base, refused):
+    """Of a type of its own, without ranges."""
+    api.streams.archives["/d"] = b"archive"
+    body = {"path": "/d", "format": "tar"}
+    answer = await api.client.post(f"{base}/read", json=body, headers={"Range": "bytes=1-2"})
+    assert (answer.status_code, answer.content) == (200, b"archive")
+    assert answer.headers["content-type"] == "application/x-tar"
+    assert "accept-ranges" not in answer.headers
+    refused(await api.client.post(f"{base}/read", json={**body, "path": "/none"}), 404, "file_not_found")
+    refused(await api.client.post(f"{base}/read", json={**body, "format": "zip"}), 400, "invalid_request")
+
+
+async def test_a_failure_half_way_breaks_the_connection(api, read, monkeypatch):
+    """A file never looks whole that is not, and neither does an archive, which has no length."""
+
+    @asynccontextmanager
+    async def broken(*_arguments, **_more):
+        async def chunks():
+            yield b"x" * 200_000
+            raise errors.HostUnavailable("Its host went away.")
+
+        generator = chunks()
+        try:
+            yield FileContent(size=None, version=None, chunks=generator)
+        finally:
+            await generator.aclose()
+
+    monkeypatch.setattr(api.streams, "read_stream", broken)
+    with pytest.raises(httpx.RemoteProtocolError):
+        await read()
+
+
+async def test_who_lost_the_right_reads_no_more(api, read, monkeypatch):
+    """A download that has begun breaks off soon; one whose database is away for a moment does not."""
+    monkeypatch.setattr(file_streams, "RECHECK_SECONDS", 0)
+    api.sandboxes.files["/a"] = bytes(10 * 65536)
+    known = api.authenticator.api_key
+    answers = []
+
+    async def answer(key):
+        if answers and (error := answers.pop(0)) is not None:
+            raise error
+        return await known(key)
+
+    monkeypatch.setattr(api.authenticator, "api_key", answer)
+    answers += [None, None, errors.DatabaseUnavailable("away"), None]
+    assert len((await read()).content) == 10 * 65536
+    answers += [None, None, None, errors.Unauthorized("revoked")]
+    with pytest.raises(httpx.RemoteProtocolError):
+        await read()
+
+
+def test_ranges_read_as_the_rfc_says():
+    """RFC 9110 §14.1.2, its own examples."""
+    assert ranges.parse("bytes=0-499") == Range(0, 499)
+    assert ranges.parse("bytes=500-999") == Range(500, 999)
+    assert ranges.parse("bytes=-500") == Range(suffix=500)
+    assert ranges.parse("bytes=9500-") == Range(9500)
+    assert ranges.parse("bytes= 0-999, 4500-5499, -1000") is None
+    assert ranges.parse("BYTES=1-1") == Range(1, 1)
+    assert ranges.parse("bytes=-0").within(5) is None
