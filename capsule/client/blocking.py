@@ -85,12 +85,11 @@ async def _hold(manager: AbstractAsyncContextManager[A], entered: Future[tuple[A
 def _result(future: Future[R]) -> R:
     try:
         return future.result()
-    except CancelledError:
-        problem = "the client was closed"
+    except CancelledError as exc:
+        raise RuntimeError("the client was closed") from exc
     except BaseException:
         future.cancel()
         raise
-    raise RuntimeError(problem)
 
 
 def _close(opening: AbstractContextManager[BlockingPortal], portal: BlockingPortal) -> None:
@@ -127,8 +126,8 @@ def waiting(method: Callable[Concatenate[Any, P], Awaitable[R]]) -> Method[P, R]
 def waiting_as(method: Callable[Concatenate[Any, P], Awaitable[A]], convert: Callable[[Portal, A], B]) -> Method[P, B]:
     """The method, and of what it returns, what plain code can use."""
 
-    def wait(facade: Facade[Any], *args: P.args, **kwargs: P.kwargs) -> B:
-        portal, inner = facade._portal, facade._inner
+    def wait(self: Facade[Any], /, *args: P.args, **kwargs: P.kwargs) -> B:
+        portal, inner = self._portal, self._inner
         return convert(portal, portal.run(functools.partial(method, inner, *args, **kwargs)))
 
     return _as_method(method, wait)
@@ -139,8 +138,8 @@ def iterating(
 ) -> Method[P, Iterator[B]]:
     """The method, as a generator."""
 
-    def iterate(facade: Facade[Any], *args: P.args, **kwargs: P.kwargs) -> Iterator[B]:
-        portal, source = facade._portal, method(facade._inner, *args, **kwargs)
+    def iterate(self: Facade[Any], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[B]:
+        portal, source = self._portal, method(self._inner, *args, **kwargs)
         while (item := portal.run(_next, source)) is not _END:
             yield convert(portal, item)
 
@@ -152,7 +151,7 @@ def entering(
 ) -> Method[P, AbstractContextManager[B]]:
     """The method, as a plain context manager of what stands for its value."""
 
-    def enter(self: Facade[Any], *args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[B]:
+    def enter(self: Facade[Any], /, *args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[B]:
         return _Entered(self._portal, method(self._inner, *args, **kwargs), facade)
 
     return _as_method(method, enter)

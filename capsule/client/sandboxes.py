@@ -239,6 +239,7 @@ class TrioSandbox:
         envs: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | None = None,
+        tag: str | None = None,
         reconnect: bool = False,
         on_reconnect: Callable[[Reconnection], None] | None = None,
     ) -> AbstractAsyncContextManager[Terminal]:
@@ -248,7 +249,7 @@ class TrioSandbox:
         `reconnect`: come back by itself when the connection is lost, within about a minute, without losing output (but
         for what the sandbox could not keep); `on_reconnect` hears of it.
         """
-        start = given(cmd=cmd, args=_list(args), envs=_dict(envs), cwd=cwd, user=user, cols=cols, rows=rows)
+        start = given(cmd=cmd, args=_list(args), envs=_dict(envs), cwd=cwd, user=user, cols=cols, rows=rows, tag=tag)
         first = {"type": "start", **start}
         return terminals.opened(self._transport, self._path, first, reconnect=reconnect, on_reconnect=on_reconnect)
 

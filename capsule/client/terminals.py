@@ -116,7 +116,7 @@ class Terminal:
         if self._socket is socket:
             self._socket, self._connected = None, trio.Event()
 
-    async def _run(self, *, task_status: trio.TaskStatus[None]) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Be connected, and again when that is lost, until the program has ended. Failures before it has begun are
         raised, later ones go to whoever reads or sends."""
         failures = 0
@@ -124,7 +124,7 @@ class Terminal:
             while True:
                 try:
                     async with open_socket(self._transport, self._path) as socket:
-                        await self._begin(socket, failures, task_status)
+                        await self._begin(socket, failures, task_status.started)
                         failures = 0
                         await self._pump(socket)
                     break
@@ -143,7 +143,7 @@ class Terminal:
             self._connected.set()
             self._write.close()
 
-    async def _begin(self, socket: Socket, failures: int, task_status: trio.TaskStatus[None]) -> None:
+    async def _begin(self, socket: Socket, failures: int, started: Callable[[], None]) -> None:
         """Start, or connect; `failures` came before this."""
         await socket.send_json(self._first)
         said = await socket.expect("started")
@@ -153,7 +153,7 @@ class Terminal:
         if not self.tag:
             self._arrived = self.received = offset
             self.tag = said["tag"]
-            task_status.started()
+            started()
         else:
             self.received += offset - self._arrived
             self._arrived = offset
@@ -191,5 +191,5 @@ async def opened(
     """A terminal: started or connected to, as the message `first` says."""
     terminal = Terminal(transport, sandbox, first, reconnect=reconnect, tell=on_reconnect)
     async with background() as nursery:
-        await nursery.start(terminal._run)  # noqa: SLF001 - its own task
+        await nursery.start(terminal.run)
         yield terminal

@@ -148,5 +148,6 @@ def _remaining(file: BinaryIO) -> int | None:
 
 
 async def _whole(content: bytes) -> AsyncIterator[bytes]:
+    await trio.lowlevel.checkpoint()
     for start in range(0, len(content), CHUNK):
         yield content[start : start + CHUNK]

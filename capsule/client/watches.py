@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Self
@@ -23,25 +22,24 @@ class Watch:
     def __init__(self, socket: Socket, path: str) -> None:
         self._socket = socket
         self._path = path
-        self._waiting: deque[FileEvent] = deque()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> FileEvent:
         """The next event, until what is watched is gone. StreamClosed, ConnectionLost."""
-        while not self._waiting:
+        while True:
             try:
                 message = await self._socket.receive()
             except StreamClosed as exc:
                 if exc.code != NORMAL:
                     raise
                 raise StopAsyncIteration from None
-            if isinstance(message, dict) and message["type"] == "events":
-                self._waiting.extend(msgspec.convert(message.get("events", []), list[FileEvent]))
-                if message.get("overflow"):
-                    self._waiting.append(FileEvent(event="overflow", path=self._path))
-        return self._waiting.popleft()
+            match message:
+                case {"type": "event"}:
+                    return msgspec.convert(message, FileEvent)
+                case {"type": "overflow"}:
+                    return FileEvent(event="overflow", path=self._path)
 
 
 @asynccontextmanager
@@ -49,5 +47,5 @@ async def opened(transport: Transport, files: str, path: str, *, recursive: bool
     """Watch; events from now on count."""
     async with open_socket(transport, f"{files}/watch") as socket:
         await socket.send_json({"type": "start", "path": path, "recursive": recursive})
-        await socket.expect("start")
+        await socket.expect("started")
         yield Watch(socket, path)
