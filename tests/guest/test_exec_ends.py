@@ -156,8 +156,8 @@ def test_frames_that_crossed_the_reply_are_ignored(client):
 
 
 def test_too_many_processes(client):
-    """The 65th foreground process is refused and works again once one has ended."""
-    streams = [client.open("exec", {"cmd": "read x", "stdin": True}) for _ in range(64)]
+    """The 257th foreground process is refused and works again once one has ended."""
+    streams = [client.open("exec", {"cmd": "read x", "stdin": True}) for _ in range(256)]
     for stream in streams:
         client.notice(stream)
     assert client.call("exec", {"cmd": "true"}).fault == "too_many_processes"

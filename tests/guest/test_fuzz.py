@@ -24,7 +24,9 @@ METHODS = [
     "settle",
     "thaw",
     "exec",
+    "processes.attach",
     "processes.list",
+    "processes.resize",
     "processes.signal",
     "files.read",
     "files.write",
@@ -88,6 +90,9 @@ class Fuzz:
             "time_ns",
             "process",
             "machine_id",
+            "cols",
+            "rows",
+            "observe",
         ):
             if rng.random() < 0.1:
                 body[key] = self.value()
@@ -95,6 +100,16 @@ class Fuzz:
             body["path"] = f"{self.root}/{rng.choice('abc')}" + rng.choice(["", "/d", "/d/e", "/.", "//f"])
         if rng.random() < 0.9:
             body["cmd"] = rng.choice(["true", "echo hello", "cat", "head -c 100000 /dev/zero", "exec 1>&-; cat"])
+        if rng.random() < 0.2:
+            body["pty"] = rng.choice([{"cols": 80, "rows": 24}, {"cols": 80, "rows": 24}, {"cols": 0}, self.value()])
+            body["user"] = "nobody"  # noise is typed into it: not as root, and nobody's login shell is none
+        if rng.random() < 0.2:
+            body["detach"] = rng.random() < 0.8
+        if rng.random() < 0.3:
+            body["tag"] = rng.choice("abc")
+        if rng.random() < 0.3:
+            body["process"] = rng.choice("abc")
+            body["offset"] = rng.choice([0, 0, 1, 5, 100, 2**40])
         if rng.random() < 0.5:
             body["stdin"] = rng.random() < 0.7
         return body

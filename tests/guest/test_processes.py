@@ -156,8 +156,8 @@ def test_wrong_signals(client, body):
 
 
 def test_background_has_its_own_limit(client):
-    """64, beside the foreground's."""
-    for _ in range(64):
+    """256, beside the foreground's."""
+    for _ in range(256):
         assert client.call("exec", {"cmd": "sleep 1000", "background": True}).reply
     assert client.call("exec", {"cmd": "true", "background": True}).fault == "too_many_processes"
     assert client.call("exec", {"cmd": "true"}).reply["exit_code"] == 0

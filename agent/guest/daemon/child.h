@@ -12,7 +12,7 @@
 #define EXTRA_FD 4
 
 enum Record {
-    RECORD_STARTED = 'S',   /* exec only, just before execve: user NUL cwd NUL */
+    RECORD_STARTED = 'S',   /* exec only, just before execve: user NUL cwd NUL login shell's name NUL */
     RECORD_NOTICE = 'N',    /* a msgpack map for the notice channel */
     RECORD_REPLY = 'R',     /* the msgpack map of the REPLY; last */
     RECORD_FAULT = 'F',     /* code NUL message; last */

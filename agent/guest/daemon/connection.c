@@ -27,6 +27,16 @@ bool connection_congested(const struct Connection *connection) {
     return connection->broken || connection->out.length >= OUTPUT_HIGH_WATER;
 }
 
+size_t connection_allowance(const struct Connection *connection, uint64_t sent_end) {
+    if (connection_congested(connection)) {
+        return 0;
+    }
+    if (connection->out.length < BULK_WATER) {
+        return MAX_DATA_BYTES;
+    }
+    return sent_end <= connection->queued_before ? LIGHT_BYTES : 0;
+}
+
 void connection_reply(struct Connection *connection, uint32_t stream, const struct Bytes *body) {
     if (body->failed) {
         connection_fault(connection, stream, "internal", "the guest is out of memory");
@@ -41,7 +51,11 @@ void connection_fault(struct Connection *connection, uint32_t stream, const char
     va_start(values, format);
     vsnprintf(message, sizeof message, format, values);
     va_end(values);
-    frame_fault(&connection->out, stream, code, message);
+    frame_fault(&connection->out, stream, code, message, NULL);
+}
+
+void connection_taken_over(struct Connection *connection, uint32_t stream) {
+    frame_fault(&connection->out, stream, "conflict", "somebody else attached to the process", "taken_over");
 }
 
 /* --- frames ------------------------------------------------------------------------------------------------- */
@@ -69,7 +83,7 @@ static bool receive_ping(struct Connection *connection, const struct Frame *fram
         return false;
     }
     frame_pong(&connection->out, frame->nonce);
-    connection->pong_at = connection->queued_before + connection->out.length;
+    connection->pong_at = connection_queued(connection);
     return true;
 }
 
@@ -173,7 +187,8 @@ static void close_connection(struct Connection *connection) {
 
 /* True when something changed that jobs wait for: output went away that had held them up, or input was acted on. */
 static bool settle_connection(struct Connection *connection) {
-    bool congested = connection_congested(connection);
+    bool held_up = connection->out.length >= BULK_WATER;
+    uint64_t sent = connection->queued_before;
     size_t waiting = connection->in.length;
     send_bytes(connection);
     if (!connection->broken) {
@@ -190,7 +205,7 @@ static bool settle_connection(struct Connection *connection) {
     events |= connection_congested(connection) ? 0 : EPOLLIN;
     events |= connection->out.length > 0 ? EPOLLOUT : 0;
     loop_watch(&connection->socket, events);
-    return acted || (congested && !connection_congested(connection));
+    return acted || (held_up && connection->queued_before > sent);
 }
 
 bool connections_settle(void) {
@@ -279,6 +294,7 @@ static void set_options(int fd) {
     } options[] = {
         {IPPROTO_TCP, TCP_NODELAY, 1},    {SOL_SOCKET, SO_KEEPALIVE, 1}, {IPPROTO_TCP, TCP_KEEPIDLE, 15},
         {IPPROTO_TCP, TCP_KEEPINTVL, 5}, {IPPROTO_TCP, TCP_KEEPCNT, 3}, {IPPROTO_TCP, TCP_USER_TIMEOUT, 30000},
+        {IPPROTO_TCP, TCP_NOTSENT_LOWAT, UNSENT_BYTES},
     };
     for (size_t i = 0; i < sizeof options / sizeof *options; i++) {
         setsockopt(fd, options[i].level, options[i].name, &options[i].value, sizeof options[i].value);

@@ -41,8 +41,17 @@ void connections_end_remembered(const struct Connection *keep);
 
 /* Too much output waits: nothing more is read for this connection. */
 bool connection_congested(const struct Connection *connection);
+/* How much of a process's output or a file's content a stream may send now whose last DATA ended at `sent_end`, at most
+ * MAX_DATA_BYTES. Little while others' waits, so that what a quiet stream says does not wait behind all that others could. */
+size_t connection_allowance(const struct Connection *connection, uint64_t sent_end);
+/* Where the output that is queued now ends, counted from the connection's first byte. */
+static inline uint64_t connection_queued(const struct Connection *connection) {
+    return connection->queued_before + connection->out.length;
+}
 void connection_reply(struct Connection *connection, uint32_t stream, const struct Bytes *body);
 void connection_fault(struct Connection *connection, uint32_t stream, const char *code, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
+/* The last frame of a stream whose process somebody else attached to. */
+void connection_taken_over(struct Connection *connection, uint32_t stream);
 
 #endif

@@ -12,8 +12,11 @@
 
 #include "child.h"
 #include "guest_limits.h"
+#include "terminal.h"
 #include "users.h"
 
+#define LOGIN_NAME_BYTES (ACCOUNT_TEXT_BYTES + 1)
+#define DEFAULT_TERM "xterm-256color"
 #define DEFAULT_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 extern char **environ;
@@ -57,6 +60,10 @@ static void set_all(struct Slice envs) {
     }
 }
 
+static const char *shell_of(const struct Account *account) {
+    return account->shell[0] != '\0' ? account->shell : "/bin/sh";
+}
+
 static void build_environment(const struct Exec *exec, const struct Account *account) {
     static char *nothing[] = {NULL};
     environ = nothing;
@@ -64,7 +71,10 @@ static void build_environment(const struct Exec *exec, const struct Account *acc
     set("HOME", account->home);
     set("USER", account->name);
     set("LOGNAME", account->name);
-    set("SHELL", account->shell[0] != '\0' ? account->shell : "/bin/sh");
+    set("SHELL", shell_of(account));
+    if (exec->terminal) {
+        set("TERM", DEFAULT_TERM);
+    }
     set_all(exec->default_envs);
     set_all(exec->envs);
 }
@@ -87,14 +97,17 @@ static void enter_directory(const struct Exec *exec, const struct Account *accou
     worker_errno(errno, cwd);
 }
 
-static void report_start(const struct Account *account) {
-    char record[ACCOUNT_TEXT_BYTES + PATH_MAX + 1];
+/* `login` is the name a login shell gets, empty for any other program. */
+static void report_start(const struct Account *account, const char *login) {
+    char record[ACCOUNT_TEXT_BYTES + PATH_MAX + LOGIN_NAME_BYTES];
     size_t used = strlen(account->name) + 1;
     memcpy(record, account->name, used);
     if (getcwd(record + used, PATH_MAX) == NULL) {
         strcpy(record + used, "/");
     }
     used += strlen(record + used) + 1;
+    strcpy(record + used, login);
+    used += strlen(login) + 1;
     worker_record(RECORD_STARTED, (struct Slice){.data = (const uint8_t *)record, .length = used});
 }
 
@@ -116,6 +129,37 @@ static char **arguments(const struct Exec *exec, char *command) {
     return list;
 }
 
+static _Noreturn void fail_start(const char *program) {
+    int reason = errno;
+    dprintf(STDERR_FILENO, "%s: %s\n", program, strerror(reason));
+    _exit(reason == ENOENT ? 127 : 126);
+}
+
+/* The '-' makes a shell a login shell. */
+static void name_login_shell(const struct Account *account, char name[LOGIN_NAME_BYTES]) {
+    const char *path = shell_of(account);
+    const char *slash = strrchr(path, '/');
+    snprintf(name, LOGIN_NAME_BYTES, "-%s", slash != NULL ? slash + 1 : path);
+}
+
+static _Noreturn void run_login_shell(const struct Account *account, char *name) {
+    const char *path = shell_of(account);
+    char *list[] = {name, NULL};
+    execve(path, list, environ);
+    fail_start(path);
+}
+
+static _Noreturn void run_command(const struct Exec *exec) {
+    char *command = string(exec->command);
+    char **list = arguments(exec, command);
+    if (exec->arguments.data == NULL) {
+        execve("/bin/sh", list, environ);
+        fail_start("/bin/sh");
+    }
+    execvp(command, list);
+    fail_start(command);
+}
+
 void exec_run(const void *argument) {
     const struct Exec *exec = argument;
     struct Account account;
@@ -123,18 +167,19 @@ void exec_run(const void *argument) {
     if (!account_find(user, &account)) {
         worker_fault("not_found", "there is no user %s in this sandbox", user);
     }
-    char *command = string(exec->command);
-    char **list = arguments(exec, command);
+    if (exec->terminal && !terminal_take(account.uid)) {
+        worker_fault("internal", "cannot give the process its terminal: %s", strerror(errno));
+    }
     become(&account);
     build_environment(exec, &account);
     enter_directory(exec, &account);
-    report_start(&account);
-    if (exec->arguments.data == NULL) {
-        execve("/bin/sh", list, environ);
-    } else {
-        execvp(command, list);
+    char login[LOGIN_NAME_BYTES] = "";
+    if (exec->command.data == NULL) {
+        name_login_shell(&account, login);
     }
-    int reason = errno;
-    dprintf(STDERR_FILENO, "%s: %s\n", exec->arguments.data == NULL ? "/bin/sh" : command, strerror(reason));
-    _exit(reason == ENOENT ? 127 : 126);
+    report_start(&account, login);
+    if (exec->command.data == NULL) {
+        run_login_shell(&account, login);
+    }
+    run_command(exec);
 }

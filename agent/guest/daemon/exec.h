@@ -17,6 +17,8 @@ struct Exec {
     struct Integer timeout_ms;
     bool stdin_wanted;
     bool background;
+    bool detach;
+    bool terminal;
 };
 
 /* In the child: become the user, enter the directory, execve. Does not return. */

@@ -147,13 +147,17 @@ void frame_reply(struct Bytes *out, uint32_t stream, struct Slice body) {
     end_frame(out, begin);
 }
 
-void frame_fault(struct Bytes *out, uint32_t stream, const char *code, const char *message) {
+void frame_fault(struct Bytes *out, uint32_t stream, const char *code, const char *message, const char *detail) {
     size_t begin = begin_frame(out, TAG_FAULT, 5);
     pack_integer(out, stream);
     pack_string(out, code);
     pack_slice(out, (struct Slice){.data = (const uint8_t *)message, .length = strnlen(message, MAX_TEXT_CHARS)});
     pack_bool(out, strcmp(code, "busy") == 0 || strcmp(code, "too_many_processes") == 0);
-    pack_map(out, 0);
+    pack_map(out, detail != NULL);
+    if (detail != NULL) {
+        pack_string(out, detail);
+        pack_bool(out, true);
+    }
     end_frame(out, begin);
 }
 

@@ -39,8 +39,8 @@ bool frame_decode(struct Slice payload, struct Frame *frame);
 
 void frame_hello(struct Bytes *out);
 void frame_reply(struct Bytes *out, uint32_t stream, struct Slice body);
-/* `message` is cut to what a FAULT may hold. */
-void frame_fault(struct Bytes *out, uint32_t stream, const char *code, const char *message);
+/* `message` is cut to what a FAULT may hold; `detail`, when it is not NULL, is true in the details. */
+void frame_fault(struct Bytes *out, uint32_t stream, const char *code, const char *message, const char *detail);
 void frame_credit(struct Bytes *out, uint32_t stream, uint32_t amount);
 void frame_pong(struct Bytes *out, uint32_t nonce);
 

@@ -21,17 +21,29 @@
 /* The host keeps one connection; the rest is room for those of before a restore, until keep-alive finds them dead. */
 #define MAX_CONNECTIONS 32
 
-/* Announced in HELLO. A stream only stays open while a child works for it, so the three below bound memory. */
-#define MAX_STREAMS 256
-#define MAX_FOREGROUND 64
-#define MAX_BACKGROUND 64
+/* Announced in HELLO. A stream stays open while a child works for it, which the limits below bound, or while it is
+ * attached to one, which costs 200 bytes. */
+#define MAX_STREAMS 1024
+#define MAX_FOREGROUND 256
+#define MAX_BACKGROUND 256
 #define MAX_OPERATIONS 64
 /* settle, configure: they must work while 64 others wait for a dead disk, and may themselves be stuck in one. */
 #define MAX_SYSTEM 8
 
+/* Descriptors of the daemon: three for each process, three for a worker, and some. The kernel gives PID 1 a limit of 1024
+ * that it may raise to 4096. */
+#define MAX_DESCRIPTORS 4096
+
 /* Above this nothing more is read for a connection, neither from it nor from its children: a reader that stalls
  * costs this much, one DATA frame and one reply. */
 #define OUTPUT_HIGH_WATER (256 * KIB)
+
+/* Above this no more output of a process or content of a file is queued, but the next LIGHT_BYTES of a stream of which
+ * nothing waits: what a quiet terminal prints then waits behind this much and one DATA frame of a flood, not more. */
+#define BULK_WATER (64 * KIB)
+#define LIGHT_BYTES (4 * KIB)
+/* What the kernel holds unsent beside it. */
+#define UNSENT_BYTES (64 * KIB)
 
 /* Credit is granted in steps, so that a byte-wise reader of stdin does not cause a frame a byte. */
 #define CREDIT_STEP (64 * KIB)
@@ -39,12 +51,22 @@
 /* One recv. Larger frames grow the buffer to the frame's size and shrink it again. */
 #define READ_BYTES (64 * KIB)
 
-/* The last output of a background process: it must never block for want of a reader. */
+/* The last output of a detached or background process; also how far it may be ahead of its reader. */
 #define RING_BYTES (64 * KIB)
 
-/* What processes.list remembers of cmd and args: 128 processes fit into one frame that the host takes from a guest
- * (MAX_GUEST_FRAME_BYTES in agent/guest/client.py). */
+/* Of processes that have ended: their end and their ring, for who attaches too late. */
+#define MAX_ENDED 64
+#define KEEP_ENDED_NS (600ULL * 1000000000ULL)
+
+#define MAX_TERMINAL_CELLS 4096
+/* What a terminal may still hold when its process has ended: more than the kernel's buffers. */
+#define TERMINAL_REST_BYTES (256 * KIB)
+
+/* What processes.list shows of cmd and args together, of user and of cwd, in a reply of at most LIST_BYTES: that fits
+ * into the largest frame that the host takes from a guest (MAX_GUEST_FRAME_BYTES in agent/guest/client.py). Of many
+ * processes it shows less of each. */
 #define LISTED_BYTES KIB
+#define LIST_BYTES (188 * KIB)
 
 /* After the direct child's exit its grandchildren may hold the pipes; output already on its way gets this long. */
 #define EXIT_GRACE_NS (100ULL * 1000000ULL)

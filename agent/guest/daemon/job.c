@@ -5,15 +5,23 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "attach.h"
 #include "guest_limits.h"
+#include "ring.h"
+#include "terminal.h"
 
 static struct Job *jobs;
 
 struct Job *jobs_first(void) { return jobs; }
 
+/* At the end: who goes through the list and has one added by what it does there meets it later. */
 void jobs_add(struct Job *job) {
-    job->next = jobs;
-    jobs = job;
+    struct Job **at = &jobs;
+    while (*at != NULL) {
+        at = &(*at)->next;
+    }
+    job->next = NULL;
+    *at = job;
 }
 
 /* --- ending ------------------------------------------------------------------------------------------------- */
@@ -25,8 +33,17 @@ void job_kill(const struct Job *job, int signal) {
     }
 }
 
+/* Those of a terminal may be in groups of their own (job control), and ignore its hang-up. */
+void job_end(const struct Job *job) {
+    const struct Spawn spawn = {.kind = JOB_CLEANUP, .run = terminal_kill_session, .argument = &job->pid};
+    job_kill(job, SIGKILL);
+    if (job->terminal && !job->reaped) {
+        job_spawn(NULL, NULL, &spawn);
+    }
+}
+
 /* Nobody waits any more: what still runs is of no use. */
-static void detach(struct Job *job, bool answered) {
+static void abandon(struct Job *job, bool answered) {
     void (*finished)(struct Job *, bool) = job->finished;
     job->finished = NULL;
     if (finished != NULL) {
@@ -42,9 +59,14 @@ static void detach(struct Job *job, bool answered) {
 }
 
 void job_fault(struct Job *job, const char *code, const char *message) {
+    bool waited = job->owner != NULL || job->attachments != NULL;
     if (job->owner != NULL) {
         connection_fault(job->owner, job->stream, code, "%s", message);
-        detach(job, false);
+    }
+    attachments_fault(job, code, message);
+    if (waited || job->ring != NULL) {
+        job->forgotten = true;
+        abandon(job, false);
     }
 }
 
@@ -53,27 +75,28 @@ void job_reply(struct Job *job, const struct Bytes *body) {
         return;
     }
     connection_reply(job->owner, job->stream, body);
-    if (job->kind != JOB_BACKGROUND) {
-        detach(job, true);
+    if (job->kind != JOB_LASTING) {
+        abandon(job, true);
         return;
     }
     job->owner->streams--;
     job->owner = NULL;
     job->deadline = NEVER;
-    loop_close(&job->in);
 }
 
 void jobs_abandon(const struct Connection *connection) {
     for (struct Job *job = jobs; job != NULL; job = job->next) {
         if (job->owner == connection) {
-            detach(job, false);
+            job->forgotten = true;
+            abandon(job, false);
         }
     }
+    attachments_abandon(connection);
 }
 
 void jobs_abandon_all(void) {
     for (struct Job *job = jobs; job != NULL; job = job->next) {
-        detach(job, false);
+        abandon(job, false);
     }
 }
 
@@ -87,8 +110,10 @@ static struct Job *find(const struct Connection *connection, uint32_t stream) {
 
 bool job_receive(struct Connection *connection, const struct Frame *frame) {
     struct Job *job = find(connection, frame->stream);
+    bool kept = true;
     if (job == NULL) {
-        return true; /* retired: sent before the opener saw the last frame */
+        attachments_receive(connection, frame, &kept);
+        return kept; /* (neither: retired, sent before the opener saw the last frame) */
     }
     switch (frame->tag) {
     case TAG_DATA:
@@ -139,30 +164,53 @@ static void clean_up(struct Job *job) {
     }
 }
 
-static void advance_exec(struct Job *job, uint64_t now) {
+/* Whether it has ended and its output has been read. */
+static bool advance_exec(struct Job *job, uint64_t now) {
     if (job->timeout <= now && !job->reaped && !job->timed_out) {
         job->timed_out = true;
         job->patience = now + KILL_PATIENCE_NS;
-        job_kill(job, SIGKILL);
+        job_end(job);
     }
-    if (job->reaped && job->kind == JOB_FOREGROUND) {
+    if (job->reaped) {
         if (job->grace == NEVER) {
             job->grace = job->ended_ns + EXIT_GRACE_NS;
         }
         if (job->grace <= now) {
             job_limit_output(job);
+            job->grace = job->terminal ? now + EXIT_GRACE_NS : job->grace;
         }
     }
-    if (job->kind == JOB_BACKGROUND) {
-        if (job->control.fd < 0) {
-            job_fault(job, "internal", "the process ended before it was started");
-        }
+    return (job->reaped && job_output_done(job)) || job->patience <= now;
+}
+
+static void advance_foreground(struct Job *job, uint64_t now) {
+    struct Bytes body = {0};
+    if (advance_exec(job, now)) {
+        process_pack_end(job, &body);
+        job_reply(job, &body);
+        bytes_free(&body);
+    }
+}
+
+static void advance_lasting(struct Job *job, uint64_t now) {
+    if (job->forgotten) {
         return;
     }
-    bool ended = job->reaped && job->out.fd < 0 && job->errors.fd < 0;
-    if (ended || job->patience <= now) {
-        process_reply(job);
+    if (job->process->user == NULL && job->control.fd < 0) {
+        job_fault(job, "internal", "the process ended before it was started");
+        return;
     }
+    if (job->process->user != NULL && !job->complete && advance_exec(job, now)) {
+        job->complete = true;
+        job->out_left = job->errors_left = 0;
+        loop_close(&job->in);
+        bytes_free(&job->input);
+        job->strange = 0;
+        if (job->terminal) {
+            loop_close(&job->out);
+        }
+    }
+    attachments_advance(job, now);
 }
 
 static void advance_operation(struct Job *job) {
@@ -174,23 +222,48 @@ static void advance_operation(struct Job *job) {
 }
 
 static void advance(struct Job *job, uint64_t now) {
-    if (job->owner == NULL) {
+    if (job->owner != NULL && job->deadline <= now) {
+        job_fault(job, "deadline_exceeded", "the request was not done by its deadline");
+    }
+    if (job->ring != NULL) {
+        advance_lasting(job, now);
         return;
     }
-    if (job->deadline <= now) {
-        job_fault(job, "deadline_exceeded", "the request was not done by its deadline");
+    if (job->owner == NULL) {
         return;
     }
     job_send_notice(job);
     if (job->process != NULL) {
-        advance_exec(job, now);
+        advance_foreground(job, now);
     } else {
         advance_operation(job);
     }
 }
 
-static bool is_over(const struct Job *job) {
+bool job_is_spent(const struct Job *job) {
     return job->owner == NULL && job->reaped && job->control.fd < 0 && job->out.fd < 0 && job->errors.fd < 0;
+}
+
+/* Of one that lasted: somebody may still want to know how it ended, or is being told. */
+static bool is_kept(const struct Job *job, uint64_t now) {
+    return job->ring != NULL && !job->forgotten &&
+           (job->attachments != NULL || job->ended_ns + KEEP_ENDED_NS > now);
+}
+
+/* One of those that are too many; false when none is. */
+static bool forget_oldest(void) {
+    unsigned kept = 0;
+    struct Job *oldest = NULL;
+    for (struct Job *job = jobs; job != NULL; job = job->next) {
+        if (job->ring != NULL && !job->forgotten && job_is_spent(job)) {
+            kept++;
+            oldest = job->attachments == NULL && (oldest == NULL || job->ended_ns < oldest->ended_ns) ? job : oldest;
+        }
+    }
+    if (kept <= MAX_ENDED || oldest == NULL) {
+        return false;
+    }
+    return oldest->forgotten = true;
 }
 
 static void bury(struct Job *job) {
@@ -198,7 +271,7 @@ static void bury(struct Job *job) {
     job_close_pipes(job);
     bytes_free(&job->result);
     process_free(job->process);
-    free(job->ring);
+    ring_free(job->ring);
     free(job->temporary);
     loop_discard(job);
 }
@@ -206,10 +279,12 @@ static void bury(struct Job *job) {
 void jobs_advance(void) {
     uint64_t now = clock_monotonic_ns();
     struct Job *over = NULL;
+    while (forget_oldest()) {
+    }
     for (struct Job **at = &jobs; *at != NULL;) {
         struct Job *job = *at;
         advance(job, now);
-        if (is_over(job)) {
+        if (job_is_spent(job) && !is_kept(job, now)) {
             *at = job->next;
             job->next = over;
             over = job;
@@ -224,6 +299,24 @@ void jobs_advance(void) {
     }
 }
 
+void jobs_flow(void) {
+    struct Job *served = NULL;
+    struct Job **end = &served;
+    struct Job **at = &jobs;
+    while (*at != NULL) {
+        struct Job *job = *at;
+        if (job_flow(job)) { /* next time after the others: so who says little is always first */
+            *at = job->next;
+            job->next = NULL;
+            *end = job;
+            end = &job->next;
+        } else {
+            at = &job->next;
+        }
+    }
+    *at = served;
+}
+
 void jobs_watch(void) {
     for (struct Job *job = jobs; job != NULL; job = job->next) {
         job_watch(job);
@@ -232,19 +325,29 @@ void jobs_watch(void) {
 
 static uint64_t earlier(uint64_t left, uint64_t right) { return left < right ? left : right; }
 
+static uint64_t job_deadline(const struct Job *job) {
+    uint64_t deadline = job->owner != NULL ? job->deadline : NEVER;
+    if (job->forgotten || (job->owner == NULL && job->ring == NULL)) {
+        return deadline;
+    }
+    deadline = earlier(deadline, attachments_deadline(job));
+    if (job->complete) { /* (the pipes may be held for longer) */
+        bool waits = job_is_spent(job) && job->attachments == NULL;
+        return waits ? earlier(deadline, job->ended_ns + KEEP_ENDED_NS) : deadline;
+    }
+    if (!job->timed_out && !job->reaped) {
+        deadline = earlier(deadline, job->timeout);
+    }
+    if ((job->out_left == SIZE_MAX && job->errors_left == SIZE_MAX) || (job->terminal && attachments_room(job) > 0)) {
+        deadline = earlier(deadline, job->grace);
+    }
+    return earlier(deadline, job->patience);
+}
+
 uint64_t jobs_deadline(void) {
     uint64_t deadline = NEVER;
     for (const struct Job *job = jobs; job != NULL; job = job->next) {
-        if (job->owner == NULL) {
-            continue;
-        }
-        deadline = earlier(deadline, earlier(job->deadline, job->patience));
-        if (!job->timed_out && !job->reaped) {
-            deadline = earlier(deadline, job->timeout);
-        }
-        if (job->out_left == SIZE_MAX && job->errors_left == SIZE_MAX) {
-            deadline = earlier(deadline, job->grace);
-        }
+        deadline = earlier(deadline, job_deadline(job));
     }
     return deadline;
 }

@@ -1,9 +1,10 @@
-/* A job: a forked child that works for one stream (or, in the background, for nobody).
+/* A job: a forked child that works for one stream, or lasts: a process that outlives the streams attached to it.
  *
- * Owns: the child, the parent's ends of its pipes, what is on its way in either direction.
+ * Owns: the child, the parent's ends of its pipes or its terminal, what is on its way in either direction.
  * Owned by: the main loop; `owner` is the connection whose stream waits for the last frame, NULL when nobody does.
  * Dies when: its child is reaped and nobody waits any more. Time-out, CANCEL and a lost connection kill the child's
- * process group; nothing here ever waits for a child.
+ * process group; nothing here ever waits for a child. Of a job that lasts only the time-out does, and its end and last
+ * output are kept for a while.
  */
 #ifndef CAPSULE_JOB_H
 #define CAPSULE_JOB_H
@@ -13,9 +14,13 @@
 #include "connection.h"
 #include "frames.h"
 
+struct Attachment;
+struct Ring;
+struct winsize;
+
 enum JobKind {
     JOB_FOREGROUND, /* an exec */
-    JOB_BACKGROUND, /* an exec that outlives its stream */
+    JOB_LASTING,    /* an exec that outlives its streams: `background`, `detach`, `pty` */
     JOB_OPERATION,  /* anything that may touch a file system */
     JOB_SYSTEM,     /* the same, for the host's own purposes */
     JOB_CLEANUP,    /* removes what a killed operation left */
@@ -24,16 +29,11 @@ enum JobKind {
 /* What processes.list tells about an exec. */
 struct Process {
     char *tag; /* NULL when none was given */
-    struct Bytes listed; /* msgpack: cmd and, when given, args, as two or four items of a map */
-    size_t listed_pairs;
+    char *command; /* as far as processes.list may show it; NULL for a login shell */
+    struct Bytes arguments; /* the same; a msgpack array, empty when none was given */
     char *user; /* NULL until the child has started */
     char *cwd;
     uint64_t started_wall_ns;
-};
-
-struct Ring {
-    uint64_t total; /* bytes ever written */
-    uint8_t bytes[];
 };
 
 struct Job {
@@ -52,6 +52,9 @@ struct Job {
     struct Watch out;
     struct Watch errors;
     struct Watch control;
+    bool terminal;     /* `in` and `out` are one */
+    bool out_ready;    /* there is something to read, or was */
+    bool errors_ready;
 
     struct Bytes input;      /* from the opener, not yet taken by the child */
     uint32_t receive_credit; /* what the opener may still send */
@@ -59,6 +62,7 @@ struct Job {
     bool ended;              /* END has come */
 
     uint64_t send_credit;
+    uint64_t sent_end;   /* where the last DATA ends in the connection's output (connection_queued) */
     struct Bytes notice; /* waits for credit; nothing more is taken from the child before it is sent */
     bool announced;      /* the first notice is out: output may follow */
     size_t out_left;     /* after the exit grace: what was in the pipe then; before, SIZE_MAX */
@@ -79,7 +83,12 @@ struct Job {
     char *temporary; /* of RECORD_TEMPORARY */
 
     struct Process *process; /* of an exec */
-    struct Ring *ring;       /* of a background exec */
+    /* Of one that lasts. Its streams are attached; `owner` is only there before it has started, with `background`. */
+    struct Ring *ring;
+    struct Attachment *attachments; /* at most one that is no observer */
+    size_t strange;                 /* of `input`: from streams of before */
+    bool complete;                  /* it has ended, and all its output is in the ring */
+    bool forgotten;                 /* nothing of it is kept */
 };
 
 struct Spawn {
@@ -87,13 +96,15 @@ struct Spawn {
     bool input;  /* a pipe to descriptor 0, else /dev/null */
     bool output; /* a pipe from descriptor 1 */
     bool errors; /* a pipe from descriptor 2 */
+    const struct winsize *terminal; /* instead of all three: a terminal of this size */
     int extra;   /* what the child has as EXTRA_FD; nothing unless it is positive */
     void (*run)(const void *argument); /* in the child; does not return */
     const void *argument;
     void (*finished)(struct Job *job, bool answered); /* see Job; may be NULL */
 };
 
-/* job_spawn.c: take the descriptors children get for what they do not use; call once. False when /dev/null cannot be opened. */
+/* job_spawn.c: take the descriptors that children get, and room for those of all jobs; call once, before anything of the
+ * user's runs. False when /dev/null cannot be opened. */
 bool jobs_open(void);
 
 /* Start a child for the stream that `open` opened (NULL: for nobody). Answers with a FAULT itself and returns NULL when
@@ -107,9 +118,15 @@ void jobs_abandon(const struct Connection *connection);
 void jobs_abandon_all(void);
 /* Signal the whole process group. */
 void job_kill(const struct Job *job, int signal);
+/* It neither runs nor holds descriptors, and nobody waits for its last frame. */
+bool job_is_spent(const struct Job *job);
+/* SIGKILL; with a terminal for all of its session. */
+void job_end(const struct Job *job);
 
-/* Once a turn, in this order: reap children, move every job's state along, watch what may flow now. */
+/* Once a turn, in this order: reap children, send what they have printed, move every job's state along, watch what may
+ * flow now. */
 void jobs_reap(void);
+void jobs_flow(void);
 void jobs_advance(void);
 void jobs_watch(void);
 uint64_t jobs_deadline(void);
@@ -118,23 +135,35 @@ void jobs_add(struct Job *job);
 
 /* job_pipes.c: */
 void job_in_ready(void *owner, uint32_t events);
-void job_out_ready(void *owner, uint32_t events);
-void job_errors_ready(void *owner, uint32_t events);
 void job_control_ready(void *owner, uint32_t events);
 void job_watch(struct Job *job);
 void job_send_notice(struct Job *job);
-void job_limit_output(struct Job *job);
 bool job_take_data(struct Job *job, struct Slice data);
+/* Input from a stream that counts its credit itself: how much of it the child has taken already. */
+size_t job_give(struct Job *job, struct Slice data);
 void job_take_end(struct Job *job);
 void job_close_pipes(struct Job *job);
 
-/* job.c, for job_pipes.c: the last frame of the job's stream; afterwards nobody waits for it. */
+/* job_output.c: */
+void job_out_ready(void *owner, uint32_t events);
+void job_errors_ready(void *owner, uint32_t events);
+/* Whether output may be read now, of which `left` is left. */
+bool job_may_read(const struct Job *job, size_t left);
+/* Send what has come; whether that was much. */
+bool job_flow(struct Job *job);
+/* After the exit grace: only what is in the pipes by now is still delivered. */
+void job_limit_output(struct Job *job);
+/* Whether it was. */
+bool job_output_done(const struct Job *job);
+
+/* job.c: the last frame of the job's stream; afterwards nobody waits for it. */
 void job_fault(struct Job *job, const char *code, const char *message);
 void job_reply(struct Job *job, const struct Bytes *body);
 
 /* process.c: */
 void process_free(struct Process *process);
 void process_started(struct Job *job, struct Slice record);
-void process_reply(struct Job *job);
+/* The body of the REPLY that tells how an exec ended. */
+void process_pack_end(const struct Job *job, struct Bytes *body);
 
 #endif

@@ -1,12 +1,12 @@
-/* The bytes between a job's child and its stream. */
+/* What goes to a job's child, and the records that come from it. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "attach.h"
 #include "child.h"
 #include "job.h"
 #include "guest_limits.h"
@@ -37,7 +37,7 @@ static size_t feed(struct Job *job, const uint8_t *data, size_t count) {
         return count;
     }
     ssize_t written = write(job->in.fd, data, count);
-    if (written >= 0) {
+    if (written >= 0) { /* (A terminal that is full says 0 or EAGAIN.) */
         return (size_t)written;
     }
     if (errno == EAGAIN || errno == EINTR) {
@@ -47,13 +47,21 @@ static size_t feed(struct Job *job, const uint8_t *data, size_t count) {
     return count;
 }
 
+size_t job_give(struct Job *job, struct Slice data) {
+    if (job->ended) {
+        return data.length;
+    }
+    size_t used = job->input.length == 0 ? feed(job, data.data, data.length) : 0;
+    bytes_append(&job->input, data.data + used, data.length - used);
+    return used;
+}
+
 bool job_take_data(struct Job *job, struct Slice data) {
     if (job->ended || data.length > job->receive_credit) {
         return false;
     }
     job->receive_credit -= (uint32_t)data.length;
-    size_t used = job->input.length == 0 ? feed(job, data.data, data.length) : 0;
-    bytes_append(&job->input, data.data + used, data.length - used);
+    size_t used = job_give(job, data);
     if (job->input.failed) {
         job_fault(job, "internal", "the guest is out of memory");
         return true;
@@ -77,95 +85,17 @@ void job_in_ready(void *owner, uint32_t events) {
         used = job->input.length;
     }
     bytes_consume(&job->input, used);
-    grant(job, used);
+    if (job->ring != NULL) {
+        attachments_took(job, used);
+    } else {
+        grant(job, used);
+    }
     if (job->input.length == 0 && job->ended) {
         finish_input(job);
     }
 }
 
-/* --- from the child ----------------------------------------------------------------------------------------- */
-
-static void remember(struct Ring *ring, const uint8_t *data, size_t count) {
-    for (size_t done = 0; done < count;) {
-        size_t at = (ring->total + done) % RING_BYTES;
-        size_t piece = count - done < RING_BYTES - at ? count - done : RING_BYTES - at;
-        memcpy(ring->bytes + at, data + done, piece);
-        done += piece;
-    }
-    ring->total += count;
-}
-
-static void drain_to_ring(struct Job *job, struct Watch *watch) {
-    uint8_t buffer[16 * KIB];
-    ssize_t count = read(watch->fd, buffer, sizeof buffer);
-    if (count > 0) {
-        remember(job->ring, buffer, (size_t)count);
-    } else if (count == 0 || (errno != EAGAIN && errno != EINTR)) {
-        loop_close(watch);
-    }
-}
-
-/* One DATA frame, read from the pipe straight into the connection's output. */
-static void forward(struct Job *job, struct Watch *watch, enum Channel channel, size_t *left) {
-    if (job->ring != NULL) {
-        drain_to_ring(job, watch);
-        return;
-    }
-    if (job->owner == NULL || !job->announced || job->send_credit == 0 || connection_congested(job->owner)) {
-        return; /* an earlier callback of this batch used it up; job_watch pauses */
-    }
-    struct Bytes *out = &job->owner->out;
-    size_t most = MAX_DATA_BYTES;
-    most = job->send_credit < most ? (size_t)job->send_credit : most;
-    most = *left < most ? *left : most;
-    if (!bytes_reserve(out, DATA_HEADER_BYTES + most)) {
-        return;
-    }
-    uint8_t *header = bytes_tail(out);
-    ssize_t count = read(watch->fd, header + DATA_HEADER_BYTES, most);
-    if (count < 0 && (errno == EAGAIN || errno == EINTR)) {
-        return;
-    }
-    if (count <= 0) {
-        loop_close(watch);
-        return;
-    }
-    frame_data_header(header, job->stream, channel, (uint32_t)count);
-    out->length += DATA_HEADER_BYTES + (size_t)count;
-    job->send_credit -= (uint64_t)count;
-    if (*left != SIZE_MAX && (*left -= (size_t)count) == 0) {
-        loop_close(watch);
-    }
-}
-
-void job_out_ready(void *owner, uint32_t events) {
-    (void)events;
-    struct Job *job = owner;
-    forward(job, &job->out, job->process != NULL ? CHANNEL_STDOUT : CHANNEL_CONTENT, &job->out_left);
-}
-
-void job_errors_ready(void *owner, uint32_t events) {
-    (void)events;
-    struct Job *job = owner;
-    forward(job, &job->errors, CHANNEL_STDERR, &job->errors_left);
-}
-
-static void limit(struct Watch *watch, size_t *left) {
-    int waiting = 0;
-    if (watch->fd < 0 || *left != SIZE_MAX) {
-        return;
-    }
-    if (ioctl(watch->fd, FIONREAD, &waiting) != 0 || waiting <= 0) {
-        loop_close(watch);
-        return;
-    }
-    *left = (size_t)waiting;
-}
-
-void job_limit_output(struct Job *job) {
-    limit(&job->out, &job->out_left);
-    limit(&job->errors, &job->errors_left);
-}
+/* --- notices ------------------------------------------------------------------------------------------------ */
 
 void job_send_notice(struct Job *job) {
     size_t count = job->notice.length;
@@ -229,11 +159,8 @@ void job_control_ready(void *owner, uint32_t events) {
 /* --- interest ----------------------------------------------------------------------------------------------- */
 
 void job_watch(struct Job *job) {
-    bool flows = job->owner != NULL && job->announced && job->notice.length == 0 && job->send_credit > 0 &&
-                 !connection_congested(job->owner);
-    uint32_t output = flows || job->ring != NULL ? EPOLLIN : 0;
-    loop_watch(&job->out, output);
-    loop_watch(&job->errors, output);
+    loop_watch(&job->out, job_may_read(job, job->out_left) ? EPOLLIN : 0);
+    loop_watch(&job->errors, job_may_read(job, job->errors_left) ? EPOLLIN : 0);
     loop_watch(&job->in, job->input.length > 0 ? EPOLLOUT : 0);
     loop_watch(&job->control, job->notice.length == 0 ? EPOLLIN : 0);
 }

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -11,27 +12,36 @@
 #include "freezer.h"
 #include "guest_limits.h"
 #include "job.h"
+#include "ring.h"
+#include "terminal.h"
 
 static int null_fd = -1;
+static struct rlimit inherited; /* what children get: programs that use select() break with more than the usual */
 
 bool jobs_open(void) {
     null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    terminals_open();
+    if (getrlimit(RLIMIT_NOFILE, &inherited) == 0 && inherited.rlim_cur < MAX_DESCRIPTORS) {
+        rlim_t most = inherited.rlim_max < MAX_DESCRIPTORS ? inherited.rlim_max : MAX_DESCRIPTORS;
+        const struct rlimit raised = {.rlim_cur = most, .rlim_max = inherited.rlim_max};
+        setrlimit(RLIMIT_NOFILE, &raised);
+    }
     return null_fd >= 0;
 }
 
-static bool is_user(enum JobKind kind) { return kind == JOB_FOREGROUND || kind == JOB_BACKGROUND; }
+static bool is_user(enum JobKind kind) { return kind == JOB_FOREGROUND || kind == JOB_LASTING; }
 
 static const char *refusal(enum JobKind kind) {
     static const unsigned limits[] = {
         [JOB_FOREGROUND] = MAX_FOREGROUND,
-        [JOB_BACKGROUND] = MAX_BACKGROUND,
+        [JOB_LASTING] = MAX_BACKGROUND,
         [JOB_OPERATION] = MAX_OPERATIONS,
         [JOB_SYSTEM] = MAX_SYSTEM,
         [JOB_CLEANUP] = MAX_OPERATIONS,
     };
     unsigned running = 0;
     for (const struct Job *job = jobs_first(); job != NULL; job = job->next) {
-        running += job->kind == kind;
+        running += job->kind == kind && !job_is_spent(job);
     }
     if (running < limits[kind]) {
         return NULL;
@@ -62,6 +72,15 @@ static bool make_pipe(int ends[2], bool wanted, int parent_side) {
     return fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0;
 }
 
+/* The slave is the child's only once here: as descriptor 0, 1 and 2 it is placed later. */
+static bool make_ends(const struct Spawn *spawn, struct Ends *ends) {
+    if (spawn->terminal == NULL) {
+        return make_pipe(ends->in, spawn->input, 1) && make_pipe(ends->out, spawn->output, 0) &&
+               make_pipe(ends->errors, spawn->errors, 0);
+    }
+    return terminal_make(spawn->terminal, &ends->out[0], &ends->in[0], &ends->in[1]);
+}
+
 static void close_end(int fd) {
     if (fd >= 0 && fd != null_fd) {
         close(fd);
@@ -76,6 +95,9 @@ static void close_ends(const struct Ends *ends, int side) {
 }
 
 static _Noreturn void run_child(const struct Spawn *spawn, int extra) {
+    if (inherited.rlim_max > 0) {
+        setrlimit(RLIMIT_NOFILE, &inherited);
+    }
     if (is_user(spawn->kind) && extra > 0 && !freezer_join(EXTRA_FD)) {
         worker_fault("invalid_state", "the sandbox stands still and cannot take a process");
     }
@@ -87,14 +109,16 @@ static pid_t start_child(const struct Spawn *spawn, struct Ends *ends) {
     *ends = (struct Ends){{-1, -1}, {-1, -1}, {-1, -1}, {-1, -1}};
     pid_t pid = -1;
     int extra = spawn->extra;
-    if (make_pipe(ends->in, spawn->input, 1) && make_pipe(ends->out, spawn->output, 0) &&
-        make_pipe(ends->errors, spawn->errors, 0) &&
+    if (make_ends(spawn, ends) &&
         socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends->control) == 0) {
         fflush(NULL);
         pid = is_user(spawn->kind) ? freezer_fork(&extra) : fork();
     }
     if (pid == 0) {
-        const int fds[] = {ends->in[1], ends->out[1], ends->errors[1], ends->control[1], extra};
+        const int slave = ends->in[1];
+        const bool terminal = spawn->terminal != NULL;
+        const int fds[] = {ends->in[1], terminal ? slave : ends->out[1], terminal ? slave : ends->errors[1],
+                           ends->control[1], extra};
         child_enter(fds, extra > 0 ? EXTRA_FD + 1 : EXTRA_FD);
         run_child(spawn, extra);
     }
@@ -105,7 +129,7 @@ static pid_t start_child(const struct Spawn *spawn, struct Ends *ends) {
     return pid;
 }
 
-static void attach(struct Job *job, const struct Ends *ends) {
+static void take_ends(struct Job *job, const struct Ends *ends) {
     job->in = (struct Watch){.fd = ends->in[0], .ready = job_in_ready, .owner = job};
     job->out = (struct Watch){.fd = ends->out[0], .ready = job_out_ready, .owner = job};
     job->errors = (struct Watch){.fd = ends->errors[0], .ready = job_errors_ready, .owner = job};
@@ -118,12 +142,9 @@ static struct Job *new_job(struct Connection *owner, const struct Frame *open, e
     if (job == NULL) {
         return NULL;
     }
-    if (kind == JOB_BACKGROUND && (job->ring = malloc(sizeof *job->ring + RING_BYTES)) == NULL) {
+    if (kind == JOB_LASTING && (job->ring = ring_new()) == NULL) {
         free(job);
         return NULL;
-    }
-    if (job->ring != NULL) {
-        job->ring->total = 0;
     }
     job->kind = kind;
     job->owner = owner;
@@ -157,14 +178,15 @@ struct Job *job_spawn(struct Connection *owner, const struct Frame *open, const 
             connection_fault(owner, open->stream, "busy", "the guest cannot start a process: %s", strerror(errno));
         }
         if (job != NULL) {
-            free(job->ring);
+            ring_free(job->ring);
         }
         free(job);
         return NULL;
     }
     job->pid = pid;
     job->finished = spawn->finished;
-    attach(job, &ends);
+    job->terminal = spawn->terminal != NULL;
+    take_ends(job, &ends);
     if (owner != NULL) {
         owner->streams++;
     }

@@ -8,7 +8,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define BATCH 64
+/* Larger than most numbers of jobs: who is quiet should be heard in the turn in which others flood. */
+#define BATCH 256
 
 /* Discarded blocks are chained through their own first bytes. */
 struct Discarded {

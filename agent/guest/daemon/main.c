@@ -65,6 +65,7 @@ static void serve_until_stopped(void) {
         loop_turn(again ? 0 : deadline);
         jobs_reap();
         again = connections_settle();
+        jobs_flow();
         jobs_advance();
         settle_advance();
         again |= connections_settle();

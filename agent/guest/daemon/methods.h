@@ -15,9 +15,15 @@ uint64_t info_boot_ns(void);
 
 /* process.c */
 void exec_open(struct Connection *connection, const struct Frame *open);
+
+/* processes_list.c */
 void processes_list_open(struct Connection *connection, const struct Frame *open);
-void processes_signal_open(struct Connection *connection, const struct Frame *open);
 unsigned processes_count(void);
+
+/* processes.c */
+void processes_attach_open(struct Connection *connection, const struct Frame *open);
+void processes_resize_open(struct Connection *connection, const struct Frame *open);
+void processes_signal_open(struct Connection *connection, const struct Frame *open);
 
 /* configure.c */
 void configure_open(struct Connection *connection, const struct Frame *open);
