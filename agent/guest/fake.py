@@ -43,6 +43,7 @@ class FakeGuest:
         self.boots = boots
         self.configured: Body = {}
         self.calls: list[str] = []
+        self._owns_processes = processes is None
         self.processes = processes or FakeProcesses()
         self.connections = 0
         self._program = program
@@ -58,7 +59,7 @@ class FakeGuest:
         """Serve and keep the connection; until cancelled."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            if self.processes.nursery is None:
+            if self._owns_processes:
                 self.processes.nursery = nursery
             await self._link.run()
 
