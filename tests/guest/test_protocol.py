@@ -33,7 +33,7 @@ def test_hello(guest):
     """The daemon speaks first, with its window and its number of streams."""
     client = guest.connect(greet=False)
     hello = client.next_frame()
-    assert hello == Hello(limits.VERSION, [], limits.INITIAL_CREDIT, limits.MAX_STREAMS)
+    assert hello == Hello(limits.VERSION, [], limits.INITIAL_CREDIT, 1024)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@
 /* One recv. Larger frames grow the buffer to the frame's size and shrink it again. */
 #define READ_BYTES (64 * KIB)
 
-/* The last output of a detached or background process; also how far it may be ahead of its reader. */
+/* The last output of a detached process; also how far it may be ahead of its reader. */
 #define RING_BYTES (64 * KIB)
 
 /* Of processes that have ended: their end and their ring, for who attaches too late. */

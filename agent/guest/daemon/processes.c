@@ -57,7 +57,7 @@ struct Job *process_with_tag(struct Slice tag) {
 static struct Job *find_ended(const struct Name *name) {
     struct Job *last = NULL;
     for (struct Job *job = jobs_first(); job != NULL; job = job->next) {
-        bool kept = job->ring != NULL && job->process != NULL && job->reaped && !job->forgotten;
+        bool kept = job->ring != NULL && !job->background && job->reaped && !job->forgotten;
         if (kept && is_named(job, name) && (last == NULL || job->ended_ns > last->ended_ns)) {
             last = job;
         }
@@ -165,8 +165,9 @@ static void announce(struct Attachment *attachment, uint64_t asked) {
 }
 
 static void attach(struct Connection *connection, const struct Frame *open, struct Job *job, bool observe,
-                   uint64_t asked) {
+                   const struct Integer *offset) {
     uint64_t oldest = ring_oldest(job->ring);
+    uint64_t asked = offset->present ? (uint64_t)offset->value : oldest; /* who does not say misses nothing */
     if (asked > job->ring->total) {
         connection_fault(connection, open->stream, "invalid_argument",
                          "offset is beyond the %llu bytes that the process has printed",
@@ -200,9 +201,9 @@ void processes_attach_open(struct Connection *connection, const struct Frame *op
         connection_fault(connection, open->stream, "not_found", "there is no such process, or its end is forgotten");
         return;
     }
-    if (job->ring == NULL) {
+    if (job->ring == NULL || job->background) {
         connection_fault(connection, open->stream, "invalid_argument", "the process was not started with detach or pty");
         return;
     }
-    attach(connection, open, job, observe, (uint64_t)offset.value);
+    attach(connection, open, job, observe, &offset);
 }
