@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import IO, Any
 
 import click
@@ -26,4 +27,6 @@ class Failure(click.ClickException):
 def say(message: str, file: IO[Any] | None = None) -> None:
     """One line on stderr, ours. What came from afar cannot steer the terminal."""
     text = " ".join(message.split())
-    click.echo("capsule: " + "".join(letter if letter.isprintable() else "\ufffd" for letter in text), file, err=True)
+    line = "capsule: " + "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+    with suppress(OSError):  # nobody can be told; the exit code still says it
+        click.echo(line, file, err=True)

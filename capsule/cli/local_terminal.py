@@ -6,7 +6,7 @@ import os
 import termios
 import tty
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,12 +37,14 @@ class LocalTerminal:
             yield
         finally:
             before, self._before = self._before, None
-            termios.tcsetattr(self.input, termios.TCSANOW, before)
+            with suppress(termios.error):  # it has gone: its window was closed
+                termios.tcsetattr(self.input, termios.TCSANOW, before)
 
     def raw_again(self) -> None:
         """After we were stopped and continued: the shell has set the terminal to its own liking meanwhile."""
-        if self._before is not None and os.tcgetpgrp(self.input) == os.getpgrp():
-            tty.setraw(self.input, termios.TCSANOW)
+        with suppress(termios.error, OSError):
+            if self._before is not None and os.tcgetpgrp(self.input) == os.getpgrp():
+                tty.setraw(self.input, termios.TCSANOW)
 
     def size(self) -> tuple[int, int]:
         """Columns and rows, as a remote terminal can have them."""

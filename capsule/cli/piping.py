@@ -48,7 +48,7 @@ class Pipe:
         """The exit code. A signal before the process runs ends us."""
         status: ExitStatus | None = None
         async with trio.open_nursery() as nursery:
-            await nursery.start(self._forward_signals)
+            await nursery.start(self._watch_signals)
             with self._scope:
                 async with opening as process:
                     self._shown = process.received
@@ -111,7 +111,7 @@ class Pipe:
                         raise
             await process.end()
 
-    async def _forward_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         counted: Counter[int] = Counter()
         with trio.open_signal_receiver(*FORWARDED) as received:
             task_status.started()
