@@ -41,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """host:port the HTTP server listens on."""
     public_url: str = ""
     """How browsers and agents reach us; empty for http://<bind>."""
+    allowed_origins: str = ""
+    """Origins (https://app.example), separated by commas, whose pages may open WebSockets here, beside our own."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_json: bool = False
     create_timeout: Seconds = 120.0
@@ -107,6 +109,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return tuple(ip_network(part.strip()) for part in self.trusted_proxies.split(",") if part.strip())
 
     @property
+    def origins(self) -> tuple[str, ...]:
+        """`allowed_origins` in parts, and our own; ValueError says what is wrong."""
+        given = [part.strip() for part in self.allowed_origins.split(",") if part.strip()]
+        for text in given:
+            if not _is_origin(text):
+                raise ValueError(f"{text!r} is no origin; give them like https://app.example, with commas")
+        own = urlsplit(self.url)
+        return (f"{own.scheme}://{own.netloc.rpartition('@')[2]}", *given)
+
+    @property
     def url(self) -> str:
         """Base URL of the API for users and agents, without a slash at the end."""
         return self.public_url.rstrip("/") or f"http://{self.bind}"
@@ -134,6 +146,10 @@ def load(values: Mapping[str, str]) -> Settings:
         _ = settings.trusted_networks
     except ValueError as err:
         raise SettingsError(f"{PREFIX}TRUSTED_PROXIES: {err}; give networks like 10.0.0.0/8, with commas") from err
+    try:
+        _ = settings.origins
+    except ValueError as err:
+        raise SettingsError(f"{PREFIX}ALLOWED_ORIGINS: {err}") from err
     if settings.argon2_memory_kib < 8 * settings.argon2_parallelism:
         raise SettingsError(f"{PREFIX}ARGON2_MEMORY_KIB must be at least 8 for each of {PREFIX}ARGON2_PARALLELISM")
     if settings.public_url and urlsplit(settings.public_url).scheme not in {"http", "https"}:
@@ -177,6 +193,21 @@ def _is_base_url(text: str) -> bool:
     except ValueError:  # a bracket without its other half
         return False
     return parts.scheme in {"http", "https"} and bool(parts.netloc) and not parts.query and not parts.fragment
+
+
+def _is_origin(text: str) -> bool:
+    """Scheme, host and port, and nothing else."""
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # ValueError for what is none
+    except ValueError:
+        return False
+    return (
+        parts.scheme in {"http", "https"}
+        and bool(parts.hostname)
+        and text == f"{parts.scheme}://{parts.netloc}"
+        and ("@" not in text)
+    )
 
 
 def split_address(text: str) -> tuple[str, int]:

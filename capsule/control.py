@@ -47,6 +47,7 @@ from capsule.http.app import create_app
 from capsule.http.people_ports import PeopleServices
 from capsule.http.ports import Services
 from capsule.http.server import serve as serve_http
+from capsule.http.sockets.origins import OriginRule
 from capsule.monitor.monitor import Monitor
 from capsule.people.accounts import Accounts
 from capsule.people.api_keys import ApiKeys
@@ -171,6 +172,7 @@ async def _serve(settings: Settings, db: Database, stop: trio.Event) -> None:
         version=version("capsule"),
         spool_dir=Path(settings.spool),
         trusted_proxies=settings.trusted_networks,
+        origins=OriginRule.of(settings.origins, same_host=not settings.public_url),
     )
     async with trio.open_nursery() as nursery:
         await nursery.start(links.run)

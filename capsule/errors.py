@@ -206,7 +206,7 @@ class RangeNotSatisfiable(CapsuleError):
 
 
 class UpgradeRequired(CapsuleError):
-    """This path is a WebSocket: send the headers that ask for one."""
+    """The path is a WebSocket: send the headers that ask for one."""
 
     code = "upgrade_required"
     status = 426

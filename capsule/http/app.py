@@ -32,10 +32,12 @@ from capsule.http.dispatch import responder
 from capsule.http.errors import from_router
 from capsule.http.metrics import HttpMetrics
 from capsule.http.requests import ApiRequest
+from capsule.http.sockets import attachment, console, terminal, watching
+from capsule.http.sockets.endpoint import SocketEndpoint
+from capsule.http.sockets.origins import OriginRule
 from capsule.http.spool import Spool
 from capsule.http.system import SystemPages
 from capsule.http.unread import UnreadAnswers
-from capsule.http.websockets import RefusedWebsocket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,11 +53,12 @@ if TYPE_CHECKING:
 
 
 class Application(QuartTrio):
-    """The ASGI application. It holds no state but its metrics; what it serves is in the services behind it."""
+    """The ASGI application, and beside it its WebSockets. It holds no state but its metrics; what it serves is in the
+    services behind it."""
 
     asgi_http_class = ApiConnection  # type: ignore[assignment]
-    asgi_websocket_class = RefusedWebsocket  # type: ignore[assignment]
     request_class = ApiRequest
+    sockets: SocketEndpoint
 
     def __init__(self, metrics: HttpMetrics, addresses: ClientAddresses) -> None:
         super().__init__(__name__, static_folder=None)
@@ -95,15 +98,20 @@ def create_app(
     version: str,
     spool_dir: Path,
     trusted_proxies: Sequence[Network] = (),
+    origins: OriginRule | None = None,
 ) -> Application:
     """Build the application. `registry` takes its metrics and is served whole under /metrics; uploads wait for their
-    last byte in unnamed files in `spool_dir` (on a disk, not a tmpfs)."""
+    last byte in unnamed files in `spool_dir` (on a disk, not a tmpfs). `origins`: whose pages may open WebSockets;
+    None: those of the host that the request was sent to."""
     app = Application(HttpMetrics(registry), ClientAddresses(trusted_proxies))
     pages = SystemPages(services.ready, registry, version)
     table = [*resources(services, Spool(spool_dir)), *pages.operations()]
     pages.publish(openapi.document(table, version))
     for operation in table:
         app.mount(operation, services.authenticator)
+    app.sockets = SocketEndpoint(
+        table, services.authenticator, services.sandboxes, origins or OriginRule(), app.metrics
+    )
     return app
 
 
@@ -117,6 +125,10 @@ def resources(services: Services, spool: Spool) -> list[Operation[Any, Any]]:
         *processes.operations(services.sandboxes),
         *files.operations(services.sandboxes, spool, unread),
         *file_streams.operations(services.streams, services.sandboxes, spool),
+        *console.operations(services.streams, services.sandboxes),
+        *terminal.operations(services.streams, services.sandboxes),
+        *attachment.operations(services.streams, services.sandboxes),
+        *watching.operations(services.streams, services.sandboxes),
         *snapshots.operations(services.templates),
         *hosts.operations(services.hosts),
         *fleet.operations(services.fleet),

@@ -14,6 +14,7 @@ from capsule.http import fields, ids
 from capsule.http.answers import FailedChild
 from capsule.http.errors import Error
 from capsule.http.operations import Operation, Success
+from capsule.http.sockets.operations import SocketOperation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -72,7 +73,14 @@ Capsule runs untrusted code in microVMs.
 
 `/v1/sandboxes` and `/v1/capsules` are the same thing. JSON bodies may have 1 MiB and no unknown fields; text holds no
 NUL characters. Lists take `limit` and `cursor`. Every failure is `{"error": {"code", "message", "request_id"}}`: act on
-`code`, show `message`."""
+`code`, show `message`.
+
+Operations marked `x-websocket` are WebSockets, which OpenAPI cannot describe: a plain GET answers 426, and their
+descriptions say what is sent. Messages are JSON in text frames unless said, at most 1 MiB. Who cannot set headers sends
+`{"type":"auth","token"}` first, within 5 seconds; credentials are never taken from the URL. Every end is a close frame:
+1000 when it is done; 1001 when the server shuts down, connect again; 1002, 1003, 1007, 1009 for what may not be sent;
+else 4000 and the HTTP status of the same refusal, with `<code>: <message>` as its reason and
+`{"type":"error","code","data"}` before it."""
 
 
 def document(table: Iterable[Operation[Any, Any]], version: str) -> dict[str, Any]:
@@ -117,6 +125,8 @@ def _operation(row: Operation[Any, Any]) -> dict[str, Any]:
         described["requestBody"] = _request_body(row)
     described["security"] = [{one.value: []} for one in Credential if one in row.access.credentials]
     described["responses"] = _responses(row)
+    if isinstance(row, SocketOperation):
+        described["x-websocket"] = True
     return described
 
 

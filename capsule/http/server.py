@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import structlog
 import trio
 from hypercorn.config import Config
+from hypercorn.events import Closed, RawData
 from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from hypercorn.typing import AppWrapper
 
     from capsule.http.app import Application
+    from capsule.http.sockets.endpoint import SocketEndpoint
 
 BACKLOG = 2048
 """Connections the kernel holds for us while we are busy; net.core.somaxconn may allow fewer."""
@@ -52,6 +54,9 @@ MAX_HEAD_BYTES = 32 * 1024
 MAX_REQUESTS = 100_000
 """Requests on one connection."""
 
+READ_BYTES = 64 * 1024
+"""Taken off a socket at a time."""
+
 QUEUED_CHUNKS = 2
 """Pieces of a body (64 KiB each) between the socket and the handler."""
 
@@ -68,8 +73,8 @@ async def serve(
 ) -> None:
     """Listen on `bind` (port 0: any free one) until `shutdown`; reports the bound port when it accepts.
 
-    After `shutdown` idle connections close at once, requests have `grace` seconds to finish, then they are cancelled
-    and their connections reset. OSError when the address cannot be bound.
+    After `shutdown` idle connections and WebSockets close at once, requests have `grace` seconds to finish, then they
+    are cancelled and their connections reset. OSError when the address cannot be bound.
     """
     host, port = bind
     _allow_descriptors()
@@ -101,6 +106,7 @@ class _Server:
     def __init__(self, app: Application) -> None:
         self._app: AppWrapper = wrap_app(cast("Any", app), 0, "asgi")
         self._metrics = app.metrics
+        self._sockets = app.sockets
         self._config = _config()
         self._context = WorkerContext(None)
         self._streams: set[ClientStream] = set()
@@ -119,7 +125,11 @@ class _Server:
             if self.open > MAX_CONNECTIONS:
                 await _refuse(stream)
             else:
-                await _Connection(self._app, self._config, self._context, ConnectionState({}), cast("Any", stream))
+                connection = _Connection(
+                    self._app, self._config, self._context, ConnectionState({}), cast("Any", stream)
+                )
+                connection.sockets = self._sockets
+                await connection
         except Exception:
             log.exception("connection_failed")
         finally:
@@ -146,11 +156,13 @@ class _Server:
 
 
 class _Connection(TCPServer):
-    """hypercorn's connection, speaking our Http11."""
+    """hypercorn's connection, speaking our Http11, until it is a WebSocket."""
+
+    sockets: SocketEndpoint
 
     async def _read_data(self) -> None:
         made = self.protocol
-        made.protocol = Http11(
+        made.protocol = protocol = Http11(
             made.app,
             made.config,
             made.context,
@@ -161,7 +173,18 @@ class _Connection(TCPServer):
             made.server,
             made.send,
         )
-        await super()._read_data()
+        try:
+            while protocol.upgrade is None:
+                data = bytes(await self.stream.receive_some(READ_BYTES))
+                await made.handle(RawData(data))
+                if not data:
+                    break
+            else:
+                await self.idle_task.stop()
+                await self.sockets.serve(cast("Any", self.stream), protocol.upgrade, self.context.terminated)
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            pass
+        await made.handle(Closed())
         # The client is gone; without this the task would sit out the idle time-out beside a closed socket.
         await self.idle_task.stop()
 

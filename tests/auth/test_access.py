@@ -21,6 +21,7 @@ KEYS_MAY = {
     *("createSandbox", "listSandboxes", "getSandbox", "deleteSandbox", "pauseSandbox", "resumeSandbox", "forkSandbox"),
     *("pingSandbox", "execInSandbox", "listProcesses", "signalProcess", "writeFile", "readFile", "listFiles"),
     *("makeDirectory", "removeFile", "createSnapshot", "listSnapshots", "deleteSnapshot"),
+    *("writeFileStream", "readFileStream", "execStream", "openTerminal", "attachProcess", "watchFiles"),
 }
 MEMBERS_MAY = KEYS_MAY | {"createApiKey", "listApiKeys", "revokeApiKey", "listAuditLogs"}
 OF_THE_NAMED_TEAM = {

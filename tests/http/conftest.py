@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ import httpx
 import pytest
 import structlog
 import trio
+import trio_websocket
 from prometheus_client import CollectorRegistry
 
 from capsule.http.app import Application, create_app
@@ -136,3 +139,86 @@ def refused():
         return error
 
     return check
+
+
+class Socket:
+    """A client's WebSocket. Messages as dicts or bytes."""
+
+    def __init__(self, connection, stream):
+        self.connection = connection
+        self.stream = stream
+
+    async def send(self, **message):
+        await self.connection.send_message(json.dumps(message))
+
+    async def send_text(self, text):
+        await self.connection.send_message(text)
+
+    async def send_bytes(self, data):
+        await self.connection.send_message(data)
+
+    async def receive(self, limit=10):
+        with trio.fail_after(limit):
+            message = await self.connection.get_message()
+        return json.loads(message) if isinstance(message, str) else message
+
+    async def close(self, code=1000):
+        await self.connection.aclose(code)
+
+    async def closed(self, limit=10):
+        """Code and reason of the server's close frame; messages before it are skipped."""
+        with trio.fail_after(limit):
+            while True:
+                try:
+                    await self.connection.get_message()
+                except trio_websocket.ConnectionClosed as closed:
+                    return int(closed.reason.code), closed.reason.reason or ""
+
+
+class Sockets:
+    """Opens WebSockets to a sandbox that runs."""
+
+    def __init__(self, api, events, until):
+        self._api = api
+        self.events = events
+        self.until = until
+        self.sandbox = f"sb-{api.sandboxes.add().id}"
+
+    def __getattr__(self, name):
+        return getattr(self._api, name)
+
+    def path(self, route, name="v1/sandboxes"):
+        return f"/{name}/{self.sandbox}/{route}"
+
+    @asynccontextmanager
+    async def open(self, route, *, name="v1/sandboxes", headers=None, key=True):
+        sent = [("X-API-Key", self.key)] if key else []
+        sent += list((headers or {}).items())
+        async with await trio.open_tcp_stream("127.0.0.1", self.port) as stream, trio.open_nursery() as nursery:
+            connection = await trio_websocket.wrap_client_stream(
+                nursery, stream, f"127.0.0.1:{self.port}", self.path(route, name), extra_headers=sent
+            )
+            try:
+                yield Socket(connection, stream)
+            finally:
+                with trio.move_on_after(2, shield=True):
+                    await connection.aclose()
+                nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def process(self, **start):
+        """An exec stream whose process runs."""
+        async with self.open("exec/stream") as socket:
+            before = len(self.streams.processes)
+            await socket.send(type="start", **start)
+            assert (await socket.receive())["type"] == "start"
+            yield socket, self.streams.processes[before]
+
+    async def broken(self, process, error):
+        await self.until(lambda: process._said.statistics().tasks_waiting_receive)
+        process.fail(error)
+
+
+@pytest.fixture
+def sockets(api, events, until):
+    return Sockets(api, events, until)

@@ -13,6 +13,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from capsule.http.server import serve
 
@@ -50,13 +51,24 @@ async def test_both_names_are_described_alike(document):
     """/v1/capsules has all of /v1/sandboxes, under operation ids of its own."""
     paths = document["paths"]
     names = [path for path in paths if path.startswith("/v1/sandboxes")]
-    assert len(names) == 16
+    assert len(names) == 20
     for path in names:
         other = paths[path.replace("/v1/sandboxes", "/v1/capsules")]
         assert other.keys() == paths[path].keys()
         for method, operation in paths[path].items():
             assert other[method]["responses"] == operation["responses"]
             assert other[method]["operationId"] != operation["operationId"]
+
+
+async def test_websockets_are_described(document):
+    """OpenAPI has no word for them: a GET that answers 101, with the messages in its description."""
+    marked = {path for path, methods in document["paths"].items() if methods.get("get", {}).get("x-websocket")}
+    routes = ("exec/stream", "pty", "processes/{process}/stream", "files/watch")
+    assert marked == {f"/v1/{name}/{{sandbox_id}}/{route}" for name in ("sandboxes", "capsules") for route in routes}
+    for path in marked:
+        described = document["paths"][path]["get"]
+        assert {"101", "401", "403", "404", "409", "426"} <= described["responses"].keys()
+        assert '"type":"start' in described["description"]
 
 
 async def test_types_have_names_and_limits(document):
@@ -127,6 +139,8 @@ def test_schemathesis_finds_nothing(base_url, mode):
         def check(case):
             if mode is GenerationMode.POSITIVE and "sandbox_id" in case.path_parameters and len(repr(case.body)) % 2:
                 case.path_parameters["sandbox_id"] = f"sb-{UUID(int=1)}"
-            case.call_and_validate(headers=headers, timeout=10)
+            # A plain GET of a WebSocket is valid, and refused.
+            excluded = [positive_data_acceptance] if case.operation.definition.raw.get("x-websocket") else []
+            case.call_and_validate(headers=headers, timeout=10, excluded_checks=excluded)
 
         check()
