@@ -7,4 +7,6 @@ pytest_plugins = [
     "tests.fixtures.people",
     "tests.fixtures.team_lock",
     "tests.fixtures.github",
+    "tests.fixtures.consoles",
+    "tests.fixtures.local_terminals",
 ]

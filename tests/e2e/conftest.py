@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -157,14 +157,33 @@ def open_directory():
         yield Path(name)
 
 
+@pytest.fixture(scope="session")
+def kept_platform():
+    """What the modules about streams hand on to each other: a platform takes longer to come up than they do."""
+    with ExitStack() as stack:
+        yield stack
+
+
 @pytest.fixture(scope="module")
-def platform(own_host):
-    """The platform that a module's tests share."""
-    with open_directory() as directory:
-        one = Platform(directory / "data")
+def platform(own_host, request, kept_platform):
+    """The platform that a module's tests share; those about streams, which follow each other, share one."""
+    one = getattr(kept_platform, "platform", None)
+    if one is None:
+        one = Platform(kept_platform.enter_context(open_directory()) / "data")
         one.start()
-        yield one
+    yield one
+    kept_platform.platform = one
+    if not _goes_on(request):
+        kept_platform.platform = None
         one.stop()
+        kept_platform.close()
+
+
+def _goes_on(request):
+    """Whether this module and the next one in this run are about streams."""
+    modules = list(dict.fromkeys(item.path for item in request.session.items))
+    at = modules.index(request.path)
+    return all("test_streams_" in path.name for path in modules[at : at + 2]) and at + 1 < len(modules)
 
 
 @pytest.fixture
