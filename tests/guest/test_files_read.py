@@ -16,7 +16,9 @@ def test_whole_files(client, tmp_path, size):
     path = tmp_path / "file"
     path.write_bytes(os.urandom(size))
     outcome = client.call("files.read", {"path": str(path)})
-    assert outcome.notices == [{"size": size}]
+    status = path.stat()
+    version = {"file_size": size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino}
+    assert outcome.notices == [{"size": size, **version}]
     assert outcome.content == path.read_bytes()
     assert outcome.reply == {"size": size}
 
@@ -31,7 +33,51 @@ def test_ranges(client, tmp_path, offset, length, expected):
     path.write_bytes(b"0123456789")
     body = {"path": str(path), "offset": offset} | ({} if length is None else {"length": length})
     outcome = client.call("files.read", body)
-    assert (outcome.content, outcome.notices) == (expected, [{"size": len(expected)}])
+    (notice,) = outcome.notices
+    assert (outcome.content, notice["size"], notice["file_size"]) == (expected, len(expected), 10)
+
+
+def test_ranges_of_more_than_4_gib(client, tmp_path):
+    """Offsets and sizes have 64 bits."""
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.truncate(6 << 30)
+        file.seek(5 << 30)
+        file.write(b"here")
+    outcome = client.call("files.read", {"path": str(path), "offset": (5 << 30) - 2, "length": 8})
+    assert outcome.content == b"\0\0here\0\0"
+    assert outcome.notices[0]["file_size"] == 6 << 30
+    outcome = client.call("files.read", {"path": str(path), "offset": (6 << 30) - 1})
+    assert (outcome.content, outcome.reply) == (b"\0", {"size": 1})
+    outcome = client.call("files.read", {"path": str(path), "offset": 2**63 - 1, "length": 2**63 - 1})
+    assert (outcome.content, outcome.fault) == (b"", None)
+
+
+def test_nothing_of_a_file(client, tmp_path):
+    """A length of 0 asks what there is; of an empty file only a look at it tells that it is empty."""
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    outcome = client.call("files.read", {"path": str(path), "length": 0})
+    assert (outcome.content, outcome.notices[0]["file_size"]) == (b"", 10)
+    path.write_bytes(b"")
+    assert client.call("files.read", {"path": str(path)}).notices[0]["file_size"] == 0
+    for body in ({"length": 0}, {"offset": 3}):
+        assert client.call("files.read", {"path": str(path), **body}).notices == [{"size": 0}]
+    assert client.call("files.read", {"path": "/proc/version", "offset": 10**6}).notices == [{"size": 0}]
+
+
+def test_a_version_is_another_when_the_file_is(client, tmp_path):
+    """Written in place, or replaced by one of the same size."""
+    path = tmp_path / "file"
+    versions = set()
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1_600_000_000_000_000_000 + content[0]))
+        versions.add(tuple(sorted(client.call("files.read", {"path": str(path)}).notices[0].items())))
+    client.upload({"path": str(path)}, b"six")
+    os.utime(path, ns=(1, 1_600_000_000_000_000_000 + b"two"[0]))
+    versions.add(tuple(sorted(client.call("files.read", {"path": str(path)}).notices[0].items())))
+    assert len(versions) == 3
 
 
 def test_procfs_files_have_their_true_size(client):
@@ -83,7 +129,7 @@ def test_what_is_no_regular_file(client, tmp_path):
     "path",
     ["", "relative", "../etc/passwd", "/tmp/../etc", "/..", "/a/..", "/a\0b", "/" + "x" * 4096, 5, None, b"/tmp"],
 )
-@pytest.mark.parametrize("method", ["read", "write", "list", "stat", "mkdir", "remove"])
+@pytest.mark.parametrize("method", ["read", "write", "list", "stat", "mkdir", "remove", "watch"])
 def test_paths_must_be_plain(client, method, path):
     """Absolute, at most 4096 bytes, no NUL, no '..' component: for every method."""
     assert client.call(f"files.{method}", {"path": path}).fault == "invalid_argument"
@@ -110,7 +156,7 @@ def test_a_file_that_shrinks_is_a_fault_not_a_short_success(guest, tmp_path):
     path.write_bytes(b"x" * (4 << 20))
     client = guest.connect(initial_credit=1024)
     stream = client.open("files.read", {"path": str(path)})
-    assert client.notice(stream) == {"size": 4 << 20}
+    assert client.notice(stream)["size"] == 4 << 20
     first = client.stream_frame(stream)
     assert isinstance(first, Data)
     os.truncate(path, 100)

@@ -196,9 +196,9 @@ def test_a_full_disk(start_guest, tmp_path):
 
 
 def test_operations_have_a_limit(client, tmp_path):
-    """64 at once; then busy."""
-    streams = [client.open("files.write", {"path": str(tmp_path / str(i))}) for i in range(64)]
+    """320 at once; then busy."""
+    streams = [client.open("files.write", {"path": str(tmp_path / str(i))}) for i in range(320)]
     assert client.call("files.stat", {"path": "/"}).fault == "busy"
     client.send(*[End(stream) for stream in streams])
     assert all(client.finish(stream).reply for stream in streams)
-    assert len(list(tmp_path.iterdir())) == 64
+    assert len(list(tmp_path.iterdir())) == 320

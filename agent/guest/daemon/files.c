@@ -36,18 +36,20 @@ static const char *normalize(struct Slice path, char *out) {
 struct Operation {
     const char *method;
     void (*run)(const void *request);
+    enum JobKind kind;
     bool input;
     bool output;
     bool not_root;
 };
 
 static const struct Operation operations[] = {
-    {.method = "files.read", .run = files_read_run, .output = true},
-    {.method = "files.write", .run = files_write_run, .input = true},
-    {.method = "files.list", .run = files_list_run},
-    {.method = "files.stat", .run = files_stat_run},
-    {.method = "files.mkdir", .run = files_mkdir_run},
-    {.method = "files.remove", .run = files_remove_run, .not_root = true},
+    {.method = "files.read", .run = files_read_run, .kind = JOB_OPERATION, .output = true},
+    {.method = "files.write", .run = files_write_run, .kind = JOB_OPERATION, .input = true},
+    {.method = "files.list", .run = files_list_run, .kind = JOB_OPERATION},
+    {.method = "files.stat", .run = files_stat_run, .kind = JOB_OPERATION},
+    {.method = "files.mkdir", .run = files_mkdir_run, .kind = JOB_OPERATION},
+    {.method = "files.remove", .run = files_remove_run, .kind = JOB_OPERATION, .not_root = true},
+    {.method = "files.watch", .run = files_watch_run, .kind = JOB_WATCH, .input = true},
 };
 
 static const struct Operation *find_operation(struct Slice method) {
@@ -69,6 +71,7 @@ void files_open(struct Connection *connection, const struct Frame *open) {
         {.name = "length", .type = FIELD_INTEGER, .target = &request.length, .low = 0, .high = INT64_MAX},
         {.name = "mode", .type = FIELD_INTEGER, .target = &request.mode, .low = 0, .high = 07777},
         {.name = "size", .type = FIELD_INTEGER, .target = &request.size, .low = 0, .high = INT64_MAX},
+        {.name = "recursive", .type = FIELD_BOOL, .target = &request.recursive},
         {.name = "depth", .type = FIELD_INTEGER, .target = &request.depth, .low = 1, .high = MAX_LIST_DEPTH},
     };
     bool valid = fields_read(open->body, fields, sizeof fields / sizeof *fields, error);
@@ -80,7 +83,7 @@ void files_open(struct Connection *connection, const struct Frame *open) {
         connection_fault(connection, open->stream, "invalid_argument", "%s", wrong);
         return;
     }
-    const struct Spawn spawn = {.kind = JOB_OPERATION,
+    const struct Spawn spawn = {.kind = operation->kind,
                                 .input = operation->input,
                                 .output = operation->output,
                                 .run = operation->run,

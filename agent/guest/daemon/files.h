@@ -9,6 +9,7 @@
 #include "guest_limits.h"
 
 #define PATH_BUFFER (MAX_PATH_BYTES + 1)
+#define NAME_BUFFER 256
 
 struct FileRequest {
     char path[PATH_BUFFER]; /* absolute, without "//", ".", "..", or a slash at its end */
@@ -17,6 +18,7 @@ struct FileRequest {
     struct Integer mode;
     struct Integer size;
     struct Integer depth;
+    bool recursive;
 };
 
 /* In the child; none returns. */
@@ -26,6 +28,7 @@ void files_list_run(const void *request);
 void files_stat_run(const void *request);
 void files_mkdir_run(const void *request);
 void files_remove_run(const void *request);
+void files_watch_run(const void *request);
 
 /* entry.c: one entry of docs/protocol.md. `name` is looked up in `directory` for a symlink's target. */
 void pack_entry(struct Bytes *bytes, int directory, const char *name, const char *path, const struct stat *status);

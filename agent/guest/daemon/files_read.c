@@ -42,12 +42,22 @@ static size_t read_some(int fd, size_t at, size_t most, const char *path) {
     return (size_t)count;
 }
 
-static void announce(bool known, uint64_t size) {
+static void pack_number(struct Bytes *body, const char *key, int64_t value) {
+    pack_string(body, key);
+    pack_integer(body, value);
+}
+
+/* `size`: of what comes, where that is known. `status`: of the file, if what it says is true. */
+static void announce(bool known, uint64_t size, const struct stat *status) {
     struct Bytes body = {0};
-    pack_map(&body, known);
+    pack_map(&body, (known ? 1 : 0) + (status != NULL ? 3 : 0));
     if (known) {
-        pack_string(&body, "size");
-        pack_integer(&body, (int64_t)size);
+        pack_number(&body, "size", (int64_t)size);
+    }
+    if (status != NULL) {
+        pack_number(&body, "file_size", status->st_size);
+        pack_number(&body, "mtime_ns", (int64_t)status->st_mtim.tv_sec * 1000000000 + status->st_mtim.tv_nsec);
+        pack_number(&body, "inode", (int64_t)status->st_ino);
     }
     worker_notice(&body);
 }
@@ -68,7 +78,7 @@ static void send_content(size_t count) {
 }
 
 /* Files of procfs and the like say size 0: read ahead to find out, and go on without a size when there is more. */
-static _Noreturn void read_unsized(int fd, uint64_t most, const char *path) {
+static _Noreturn void read_unsized(int fd, uint64_t most, const struct stat *status, const char *path) {
     size_t held = 0;
     bool whole = false;
     while (held < sizeof buffer && held < most && !whole) {
@@ -77,8 +87,10 @@ static _Noreturn void read_unsized(int fd, uint64_t most, const char *path) {
         whole = count == 0;
         held += count;
     }
+    /* Nothing from its beginning on: it is empty, no matter what kind of file. */
+    bool empty = whole && held == 0 && lseek(fd, 0, SEEK_CUR) == 0;
     whole |= held == most;
-    announce(whole, held);
+    announce(whole, held, empty ? status : NULL);
     send_content(held);
     uint64_t total = held;
     while (!whole && total < most) {
@@ -97,14 +109,18 @@ void files_read_run(const void *argument) {
     uint64_t offset = (uint64_t)request->offset.value;
     uint64_t most = request->length.present ? (uint64_t)request->length.value : UINT64_MAX;
     if (offset > 0 && lseek(fd, (off_t)offset, SEEK_SET) < 0) {
-        worker_errno(errno, request->path);
+        if (errno != EINVAL) {
+            worker_errno(errno, request->path);
+        }
+        announce(true, 0, status.st_size > 0 ? &status : NULL); /* where no file of this file system can have bytes */
+        finish(0);
     }
     if (status.st_size == 0) {
-        read_unsized(fd, most, request->path);
+        read_unsized(fd, most, &status, request->path);
     }
     uint64_t size = (uint64_t)status.st_size > offset ? (uint64_t)status.st_size - offset : 0;
     size = size < most ? size : most;
-    announce(true, size);
+    announce(true, size, &status);
     for (uint64_t left = size; left > 0;) {
         size_t count = read_some(fd, 0, left < sizeof buffer ? (size_t)left : sizeof buffer, request->path);
         if (count == 0) {

@@ -26,8 +26,9 @@
 #define MAX_STREAMS 1024
 #define MAX_FOREGROUND 256
 #define MAX_BACKGROUND 256
-#define MAX_OPERATIONS 64
-/* settle, configure: they must work while 64 others wait for a dead disk, and may themselves be stuck in one. */
+/* As many transfers as the host lets in (LIVE in agent/sandboxes/gate.py), and room for short ones beside them. */
+#define MAX_OPERATIONS 320
+/* settle, configure: they must work while all the others wait for a dead disk, and may themselves be stuck in one. */
 #define MAX_SYSTEM 8
 
 /* Descriptors of the daemon: three for each process, three for a worker, and some. The kernel gives PID 1 a limit of 1024
@@ -99,6 +100,12 @@
 #define MAX_LIST_DEPTH 64
 /* Names of one directory are held for sorting: about 8 MiB of the worker at worst for usual names. */
 #define MAX_DIRECTORY_NAMES 100000
+
+/* files.watch: of their own kind, for they last. The kernel bounds the directories of all of them together, by memory. */
+#define MAX_WATCHES 32
+#define MAX_WATCHED 8192
+/* What a walk tells of a new directory before the kernel does; of more than that some may be told twice. */
+#define MAX_TOLD 1024
 
 /* The longest record a worker sends: a notice and its envelope. */
 #define MAX_RECORD_BYTES (NOTICE_BYTES + 4 * KIB)

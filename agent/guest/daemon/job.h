@@ -23,6 +23,7 @@ enum JobKind {
     JOB_LASTING,    /* an exec that outlives its streams: `background`, `detach`, `pty` */
     JOB_OPERATION,  /* anything that may touch a file system */
     JOB_SYSTEM,     /* the same, for the host's own purposes */
+    JOB_WATCH,      /* waits for changes of files */
     JOB_CLEANUP,    /* removes what a killed operation left */
 };
 

@@ -37,6 +37,7 @@ static const char *refusal(enum JobKind kind) {
         [JOB_LASTING] = MAX_BACKGROUND,
         [JOB_OPERATION] = MAX_OPERATIONS,
         [JOB_SYSTEM] = MAX_SYSTEM,
+        [JOB_WATCH] = MAX_WATCHES,
         [JOB_CLEANUP] = MAX_OPERATIONS,
     };
     unsigned running = 0;
@@ -46,7 +47,7 @@ static const char *refusal(enum JobKind kind) {
     if (running < limits[kind]) {
         return NULL;
     }
-    return is_user(kind) ? "too_many_processes" : "busy";
+    return is_user(kind) || kind == JOB_WATCH ? "too_many_processes" : "busy";
 }
 
 /* `ends[0]` is the parent's, `ends[1]` the child's. A pipe the spawn does not ask for is /dev/null for the child. */

@@ -67,6 +67,7 @@ static const struct {
     {"files.stat", files_open},
     {"files.mkdir", files_open},
     {"files.remove", files_open},
+    {"files.watch", files_open},
 };
 
 void methods_open(struct Connection *connection, const struct Frame *open) {
