@@ -10,6 +10,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent import futures
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
@@ -84,12 +85,13 @@ async def _hold(manager: AbstractAsyncContextManager[A], entered: Future[tuple[A
 
 def _result(future: Future[R]) -> R:
     try:
-        return future.result()
-    except CancelledError as exc:
-        raise RuntimeError("the client was closed") from exc
-    except BaseException:
+        futures.wait([future])
+    except BaseException:  # KeyboardInterrupt
         future.cancel()
         raise
+    if future.cancelled():
+        raise RuntimeError("the client was closed")
+    return future.result()
 
 
 def _close(opening: AbstractContextManager[BlockingPortal], portal: BlockingPortal) -> None:

@@ -7,7 +7,8 @@ import io
 import os
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
@@ -32,7 +33,7 @@ async def upload(
     packing = _Packing(Path(source), write)
     digest, sent = hashlib.sha256(), 0
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def pieces() -> AsyncGenerator[bytes, None]:
         nonlocal sent
         async for piece in read:
             digest.update(piece)
@@ -78,9 +79,12 @@ async def _receive(
     body = {"path": path, "format": "tar"}
     received = 0
     async with background() as nursery:
-        async with transport.stream("POST", f"{files}/stream/read", body=body, read_timeout=READ_TIMEOUT) as response:
+        async with (
+            transport.stream("POST", f"{files}/stream/read", body=body, read_timeout=READ_TIMEOUT) as response,
+            aclosing(chunks(response)) as pieces,
+        ):
             nursery.start_soon(unpacking.run)
-            async for piece in chunks(response):
+            async for piece in pieces:
                 received += len(piece)
                 try:
                     await write.send(piece)

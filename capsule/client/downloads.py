@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -93,10 +93,11 @@ class Download:
             "POST", self._route, body=self._body, headers=headers, read_timeout=READ_TIMEOUT
         ) as response:
             await self._begin(response)
-            async for piece in chunks(response):
-                await trio.to_thread.run_sync(self._write, piece)
-                if self._on_progress is not None:
-                    self._on_progress(self._done, self._size)
+            async with aclosing(chunks(response)) as pieces:
+                async for piece in pieces:
+                    await trio.to_thread.run_sync(self._write, piece)
+                    if self._on_progress is not None:
+                        self._on_progress(self._done, self._size)
 
     async def _begin(self, response: httpx.Response) -> None:
         """What is coming: the rest, or all of it (again, if the file has changed)."""

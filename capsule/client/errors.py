@@ -37,7 +37,7 @@ class IntegrityError(CapsuleError):
 
 
 class StreamClosed(CapsuleError):
-    """The server ended a stream before its process did.
+    """The server ended a stream that had begun, before its process ended.
 
     `code`: the WebSocket's close code, 4000 + an HTTP status for a typed error. `error_code`: that error's code, such
     as `invalid_state` when the sandbox was paused, `conflict` when somebody else attached or the tag is in use; else
@@ -190,8 +190,12 @@ def api_error(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
         code, message, request_id = str(said["code"]), str(said["message"]), said.get("request_id")
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         code, message, request_id, details = "unknown", f"the server answered {status} without saying why", None, {}
-    chosen = _BY_CODE.get(code) or _BY_STATUS.get(status, ApiError)
-    return chosen(status, code, message, request_id=request_id, details=details, retry_after=_retry_after(headers))
+    return typed_error(status, code, message, request_id=request_id, details=details, retry_after=_retry_after(headers))
+
+
+def typed_error(status: int, code: str, message: str, **more: Any) -> ApiError:
+    """Of the class for its code or status."""
+    return (_BY_CODE.get(code) or _BY_STATUS.get(status, ApiError))(status, code, message, **more)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:

@@ -222,7 +222,7 @@ class TrioSandbox:
         self, process: int | str, *, offset: int | None = None, observe: bool = False
     ) -> AbstractAsyncContextManager[LiveProcess]:
         """Come back to a process that was started with `detach`, or to a terminal, by pid or tag; also to one that has
-        ended within the last minutes. Leaving detaches.
+        ended within the last minutes. Leaving detaches. NotFound, InvalidRequest (it was not started so).
 
         `offset`: how many bytes of its output you have had (`LiveProcess.received`); None: replay what is kept, at most
         64 KiB. `observe`: look on without taking it over from whoever is attached.
@@ -264,7 +264,7 @@ class TrioSandbox:
         on_reconnect: Callable[[Reconnection], None] | None = None,
     ) -> AbstractAsyncContextManager[Terminal]:
         """Come back to a terminal. `offset`: output bytes that you have had (`Terminal.received`); None: replay what is
-        kept. NotFound inside StreamClosed (`error_code`) when it has ended long ago."""
+        kept. NotFound when it has ended long ago."""
         first = {"type": "connect", **given(tag=tag, offset=offset, cols=cols, rows=rows)}
         return terminals.opened(self._transport, self._path, first, reconnect=reconnect, on_reconnect=on_reconnect)
 

@@ -12,7 +12,7 @@ import trio
 from trio_websocket import CloseReason, ConnectionClosed, ConnectionRejected, WebSocketConnection, wrap_client_stream
 
 from capsule.client.dialing import dial
-from capsule.client.errors import CapsuleError, ConnectionLost, StreamClosed, api_error
+from capsule.client.errors import CapsuleError, ConnectionLost, StreamClosed, api_error, typed_error
 from capsule.client.nurseries import background
 from capsule.client.transport import Transport
 
@@ -43,6 +43,7 @@ class Socket:
         self._lock = trio.StrictFIFOLock()
         self._receiving = trio.Lock()
         self._refusal: str | None = None
+        self._said = ""
         self._torn = False
 
     @property
@@ -88,12 +89,17 @@ class Socket:
         raise self._ending(closing)
 
     async def expect(self, kind: str) -> dict[str, Any]:
-        """The server's first word, of this type; StreamClosed with what it says instead."""
-        with trio.move_on_after(START_TIMEOUT):
-            while True:
-                message = await self.receive()
-                if not isinstance(message, bytes) and message["type"] == kind:
-                    return message
+        """The server's first word, of this type. ApiError, as for a request, when it refuses; ConnectionLost."""
+        try:
+            with trio.move_on_after(START_TIMEOUT):
+                while True:
+                    message = await self.receive()
+                    if not isinstance(message, bytes) and message["type"] == kind:
+                        return message
+        except StreamClosed as exc:
+            if exc.code < _BEYOND_HTTP or exc.error_code is None:
+                raise
+            raise typed_error(exc.code - _BEYOND_HTTP, exc.error_code, self._said or exc.reason) from None
         raise ConnectionLost(f"the server did not answer within {START_TIMEOUT:g} seconds")
 
     def _decoded(self, text: str) -> dict[str, Any]:
@@ -106,6 +112,7 @@ class Socket:
         if message["type"] == "error":
             code = message.get("code")
             self._refusal = code if isinstance(code, str) else None
+            self._said = str(message.get("data", ""))
         return message
 
     def _ending(self, closing: CloseReason | None) -> StreamClosed | ConnectionLost:

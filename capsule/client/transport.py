@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from ipaddress import ip_address
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -44,6 +44,21 @@ class CredentialAuth(httpx.Auth):
         """What httpx asks for: the request, with who asks."""
         request.headers.update(self._credentials.headers)
         yield request
+
+
+Content = Callable[[], AsyncGenerator[bytes, None]]
+"""Makes a body, anew for each attempt."""
+
+
+class Upload(httpx.AsyncByteStream):
+    """A body as it is made. Not through httpx's own generator, which nobody would close when the request is
+    cancelled."""
+
+    def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
+        self._source = source
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self._source
 
 
 class Transport:
@@ -112,7 +127,7 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         read_timeout: float = READ_TIMEOUT,
         again: bool = False,
-        content: Callable[[], AsyncIterator[bytes]] | None = None,
+        content: Content | None = None,
     ) -> httpx.Response:
         """The whole answer, which is a success. ApiError for another, ConnectionLost.
 
@@ -145,7 +160,7 @@ class Transport:
         params: Mapping[str, Any] | None = None,
         headers: Mapping[str, str] | None = None,
         read_timeout: float = READ_TIMEOUT,
-        content: Callable[[], AsyncIterator[bytes]] | None = None,
+        content: Content | None = None,
     ) -> AsyncIterator[httpx.Response]:
         """An answer whose body is still on its way; a success. Sent once."""
         self.check_credentials()
@@ -157,10 +172,13 @@ class Transport:
             path,
             params=params,
             headers=sent,
-            content=content() if content else None if body is None else msgspec.json.encode(body),
+            content=None if body is None else msgspec.json.encode(body),
             timeout=_timeout(read_timeout),
         )
-        response = await _lost_if_broken(lambda: self._client.send(request, stream=True))
+        async with AsyncExitStack() as stack:
+            if content is not None:
+                request.stream = Upload(await stack.enter_async_context(aclosing(content())))
+            response = await _lost_if_broken(lambda: self._client.send(request, stream=True))
         try:
             if not response.is_success:
                 await _read(response)
@@ -189,7 +207,7 @@ class Transport:
             )
 
 
-async def chunks(response: httpx.Response) -> AsyncIterator[bytes]:
+async def chunks(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """The answer's body as it comes; ConnectionLost when it breaks off."""
     source = response.aiter_raw()
     while True:

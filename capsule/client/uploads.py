@@ -7,7 +7,8 @@ import io
 import os
 import secrets
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, BinaryIO
 
 import trio
@@ -38,13 +39,16 @@ class Form:
     def headers(self, size: int | None) -> dict[str, str]:
         """For a file of this size; unknown: chunked."""
         kind = {"Content-Type": f"multipart/form-data; boundary={self._boundary}"}
-        return kind if size is None else {**kind, "Content-Length": str(len(self.head) + size + len(self.tail))}
+        if size is None:
+            return {**kind, "Transfer-Encoding": "chunked"}
+        return {**kind, "Content-Length": str(len(self.head) + size + len(self.tail))}
 
-    async def around(self, source: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def around(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         """The body."""
-        yield self.head
-        async for piece in source:
-            yield piece
+        async with aclosing(source):
+            yield self.head
+            async for piece in source:
+                yield piece
         yield self.tail
 
     def _part(self, name: str) -> str:
@@ -96,7 +100,7 @@ async def _upload(
         digest.update(piece)
         return piece
 
-    async def pieces() -> AsyncIterator[bytes]:
+    async def pieces() -> AsyncGenerator[bytes, None]:
         nonlocal sent
         while piece := await trio.to_thread.run_sync(read):
             yield piece
@@ -115,7 +119,7 @@ async def post(
     transport: Transport,
     files: str,
     form: Form,
-    source: Callable[[], AsyncIterator[bytes]],
+    source: Callable[[], AsyncGenerator[bytes, None]],
     size: int | None,
 ) -> httpx.Response:
     """Send the form; the server's answer, which is a success. Once: a source may not come twice."""
@@ -147,7 +151,7 @@ def _remaining(file: BinaryIO) -> int | None:
     return max(end - position, 0)
 
 
-async def _whole(content: bytes) -> AsyncIterator[bytes]:
+async def _whole(content: bytes) -> AsyncGenerator[bytes, None]:
     await trio.lowlevel.checkpoint()
     for start in range(0, len(content), CHUNK):
         yield content[start : start + CHUNK]
