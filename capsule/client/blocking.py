@@ -35,9 +35,14 @@ class Portal:
     """
 
     def __init__(self) -> None:
+        if trio.lowlevel.in_trio_run():
+            raise RuntimeError("this is a Trio program: use TrioClient, or this client in a thread of its own")
         opening = start_blocking_portal("trio", name="capsule-client")
         self._portal: BlockingPortal = opening.__enter__()
-        self._close = weakref.finalize(self, _close, opening, self._portal)
+        self._under_way: set[Future[Any]] = set()
+        closing, token = self._portal.call(trio.Event), self._portal.call(trio.lowlevel.current_trio_token)
+        self._portal.start_task_soon(_stop_when, closing, self._portal)
+        self._close = weakref.finalize(self, _close, opening, token, closing)
 
     @property
     def open(self) -> bool:
@@ -46,12 +51,12 @@ class Portal:
 
     def run(self, function: Callable[..., Awaitable[R]], *args: Any) -> R:
         """Wait for `function(*args)`. KeyboardInterrupt, and whatever else comes up here, cancels it."""
-        return _result(self._portal.start_task_soon(function, *args))
+        return _result(self._start(function, *args))
 
     def enter(self, manager: AbstractAsyncContextManager[A]) -> tuple[A, Callable[[], None]]:
         """Enter `manager`, in a task of its own; its value, and what leaves it again."""
         entered: Future[tuple[A, trio.Event]] = Future()
-        task = self._portal.start_task_soon(_hold, manager, entered)
+        task = self._start(_hold, manager, entered)
         try:
             value, leaving = entered.result()
         except BaseException:
@@ -65,9 +70,22 @@ class Portal:
 
         return value, leave
 
-    def close(self) -> None:
-        """Cancel what is under way, and end the thread; again: nothing."""
-        self._close()
+    def close(self, last: Callable[[], Awaitable[None]]) -> None:
+        """Cancel what is under way, wait for `last`, and end the thread; again: nothing."""
+        if not self.open:
+            return
+        for future in list(self._under_way):
+            future.cancel()
+        try:
+            self.run(last)
+        finally:
+            self._close()
+
+    def _start(self, function: Callable[..., Awaitable[R]], *args: Any) -> Future[R]:
+        future = self._portal.start_task_soon(function, *args)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
 
 
 async def _hold(manager: AbstractAsyncContextManager[A], entered: Future[tuple[A, trio.Event]]) -> None:
@@ -94,10 +112,18 @@ def _result(future: Future[R]) -> R:
     return future.result()
 
 
-def _close(opening: AbstractContextManager[BlockingPortal], portal: BlockingPortal) -> None:
-    with contextlib.suppress(RuntimeError):  # it has stopped
-        portal.call(portal.stop, True)
-    opening.__exit__(None, None, None)
+async def _stop_when(closing: trio.Event, portal: BlockingPortal) -> None:
+    await closing.wait()
+    await portal.stop(cancel_remaining=True)
+
+
+def _close(
+    opening: AbstractContextManager[BlockingPortal], token: trio.lowlevel.TrioToken, closing: trio.Event
+) -> None:
+    """End the thread. From any thread, also one that runs Trio itself, as a garbage collector comes when it wants."""
+    with contextlib.suppress(RuntimeError):  # it has stopped, or this is the thread
+        token.run_sync_soon(closing.set)
+        opening.__exit__(None, None, None)
 
 
 class Facade(Generic[A]):

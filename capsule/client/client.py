@@ -204,11 +204,7 @@ class Client(Facade[TrioClient]):
 
     def close(self) -> None:
         """End what is under way, its connections and its thread. Once more: nothing."""
-        if self._portal.open:
-            try:
-                self._portal.run(self._inner.__aexit__, None, None, None)
-            finally:
-                self._portal.close()
+        self._portal.close(self._inner.aclose)
 
     def __enter__(self) -> Self:
         return self

@@ -111,22 +111,22 @@ async def test_streams_are_plain(platform, until):
 async def test_many_threads_share_one(platform):
     """Thread-safe: calls go on at the same time."""
     gate = platform.sandboxes.gates["exec"] = trio.Event()
-    with Client(platform.url, platform.key) as client:
-        sandbox = await in_thread(client.sandboxes.get, platform.sandbox.id)
-        async with trio.open_nursery() as nursery:
-            for _ in range(10):
-                nursery.start_soon(in_thread, sandbox.exec, "x")
-            with trio.fail_after(10):
-                while len([name for name, _ in platform.sandboxes.asked if name == "exec"]) < 10:
-                    await trio.sleep(0.01)
-            gate.set()
-        await in_thread(client.close)
+    client = await in_thread(Client, platform.url, platform.key)
+    sandbox = await in_thread(client.sandboxes.get, platform.sandbox.id)
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(in_thread, sandbox.exec, "x")
+        with trio.fail_after(10):
+            while len([name for name, _ in platform.sandboxes.asked if name == "exec"]) < 10:
+                await trio.sleep(0.01)
+        gate.set()
+    await in_thread(client.close)
 
 
 async def test_closing_ends_what_is_under_way(platform, until):
     """A call in another thread, and a stream that is open."""
     platform.sandboxes.gates["exec"] = trio.Event()
-    client = Client(platform.url, platform.key)
+    client = await in_thread(Client, platform.url, platform.key)
     sandbox = await in_thread(client.sandboxes.get, platform.sandbox.id)
 
     def call():
@@ -140,12 +140,15 @@ async def test_closing_ends_what_is_under_way(platform, until):
     await in_thread(client.close)
     assert not threads()
     with pytest.raises(RuntimeError):
-        sandbox.exec("x")
+        await in_thread(sandbox.exec, "x")
 
 
 async def test_a_forgotten_client_takes_its_thread_along(platform):
-    """Without close: the end of the object is the end of the thread."""
-    Client(platform.url, platform.key)
+    """Without close: the end of the object is the end of the thread, wherever the garbage collector runs."""
+    client = await in_thread(Client, platform.url, platform.key)
+    with pytest.raises(RuntimeError, match="TrioClient"):
+        Client(platform.url, platform.key)
+    del client
     gc.collect()
     assert not threads()
 
