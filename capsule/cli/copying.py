@@ -44,15 +44,18 @@ def cp(*, sources: Sequence[Place], target: Place, recursive: bool, quiet: bool,
     it has arrived and its SHA-256 is right.
     """
     _check(sources, target)
-    if target.standard or any(source.standard for source in sources):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a read from a terminal cannot be called off otherwise
+    standard = target.standard or any(source.standard for source in sources)
+    if standard:  # nothing is half there on our side; and a read from a terminal cannot be called off
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     async def action(capsule: TrioClient) -> int:
         named = next(place.sandbox for place in (*sources, target) if place.sandbox is not None)
         files = (await find(capsule, named)).files
         copier = Copier(files, recursive=recursive, shown=not (quiet or as_json), as_json=as_json)
+        ended: list[int] = []
         async with trio.open_nursery() as nursery:
-            ended = await nursery.start(_watch_signals, nursery.cancel_scope)
+            if not standard:
+                ended = await nursery.start(_watch_signals, nursery.cancel_scope)
             for source in sources:
                 await (copier.download(source, target) if source.sandbox else copier.upload(source, target))
             nursery.cancel_scope.cancel()
@@ -74,7 +77,7 @@ class Copier:
         """From here into the sandbox."""
         if source.standard:
             path = await self._inside(target, source, "file")
-            with standard(stdio.STDIN, "rb") as pipe:
+            with opened(stdio.STDIN, "rb") as pipe:
                 await self._tell(source, target, lambda show: self.files.upload(pipe, path, on_progress=show))
             return
         kind = local_kind(source.path)
@@ -101,7 +104,7 @@ class Copier:
         if isinstance(place, str) and replaceable(place):
             await self._tell(source, target, lambda show: self.files.download(source.path, place, on_progress=show))
             return
-        with standard(place, "wb") as pipe:  # a pipe, a device: written to, never replaced
+        with opened(place, "wb") as pipe:  # a pipe, a device: written to, never replaced
             await self._tell(source, target, lambda show: self.files.download(source.path, pipe, on_progress=show))
             await trio.to_thread.run_sync(pipe.flush)
 
@@ -180,7 +183,7 @@ def replaceable(path: str) -> bool:
 
 
 @contextmanager
-def standard(target: int | str, mode: Literal["rb", "wb"]) -> Iterator[BinaryIO]:
+def opened(target: int | str, mode: Literal["rb", "wb"]) -> Iterator[BinaryIO]:
     """A descriptor of ours, or a pipe or device. Input as it comes, output whole."""
     given = isinstance(target, int)
     with open(target, mode, buffering=0 if mode == "rb" else -1, closefd=not given) as file:

@@ -49,6 +49,9 @@ class Platform:
         self.refusals = {}
         self.cut_download_at = None
         self.silent = False
+        self.damage = False
+        self.stall_download = False
+        self.beginning = False
 
     # connections
 
@@ -74,8 +77,9 @@ class Platform:
             await stream.aclose()
 
     async def _request(self, stream, method, target, headers, rest):
-        body = await _body(stream, headers, rest)
         url = urlsplit(target)
+        self.beginning = self.beginning or "stream/write" in url.path
+        body = await _body(stream, headers, rest)
         self.asked.append((method, url.path))
         if self.silent:
             await trio.sleep_forever()
@@ -93,6 +97,9 @@ class Platform:
         await stream.send_all("\r\n".join(lines).encode())
         if self.cut_download_at is not None and "stream/read" in url.path:
             answer, self.cut_download_at = answer[: self.cut_download_at], None
+        if self.stall_download and "stream/read" in url.path:
+            await stream.send_all(answer[:1000])
+            await trio.sleep_forever()
         await stream.send_all(answer)
         await stream.aclose()
 
@@ -137,7 +144,8 @@ class Platform:
         path = self._local(parts[b"path"].decode())
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(parts[b"file"])
-        return 204, {"Repr-Digest": f"sha-256=:{b64encode(hashlib.sha256(parts[b'file']).digest()).decode()}:"}, b""
+        digest = hashlib.sha256(b"" if self.damage else parts[b"file"]).digest()
+        return 204, {"Repr-Digest": f"sha-256=:{b64encode(digest).decode()}:"}, b""
 
     def _stream_read(self, headers, body):
         content = self._local(msgspec.json.decode(body)["path"]).read_bytes()
