@@ -9,8 +9,9 @@ from typing import Self
 from capsule.client.answers import Chunk, ExitStatus, FileEvent, ForkFailure, SandboxInfo
 from capsule.client.blocking import Facade, Iterable, Portal, as_it_is, entering, iterating, waiting, waiting_as
 from capsule.client.files import TrioFiles
+from capsule.client.listing import TrioProcesses
 from capsule.client.processes import LiveProcess
-from capsule.client.sandboxes import TrioProcesses, TrioSandbox, TrioSandboxes
+from capsule.client.sandboxes import TrioSandbox, TrioSandboxes
 from capsule.client.templates import TrioApiKeys, TrioTemplates
 from capsule.client.terminals import Terminal
 from capsule.client.trio_client import TrioClient

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -14,7 +13,6 @@ from capsule.client import processes, terminals
 from capsule.client.answers import (
     ExecResult,
     ForkFailure,
-    ProcessInfo,
     Reconnection,
     SandboxInfo,
     StartedProcess,
@@ -22,11 +20,11 @@ from capsule.client.answers import (
 )
 from capsule.client.errors import CommandFailed, output_bytes
 from capsule.client.files import TrioFiles
+from capsule.client.listing import TrioProcesses, pages
 from capsule.client.processes import LiveProcess
 from capsule.client.terminals import Terminal
 from capsule.client.transport import LONG_TIMEOUT, Transport, given, segment
 
-PAGE = 200
 SANDBOXES = "/v1/sandboxes"
 EXEC_MARGIN = 60.0
 """Seconds on top of a command's own time-out, for the way there and back."""
@@ -273,55 +271,12 @@ class TrioSandbox:
         self.info = await self._transport.call(SandboxInfo, "POST", path, again=True, read_timeout=LONG_TIMEOUT)
 
 
-class TrioProcesses:
-    """What exec and streams have started in a sandbox and still runs."""
-
-    def __init__(self, transport: Transport, sandbox: str) -> None:
-        self._transport = transport
-        self._path = f"{sandbox}/processes"
-
-    async def list(self) -> list[ProcessInfo]:
-        """All of them, by pid."""
-        found: list[ProcessInfo] = []
-        cursor: str | None = None
-        while True:
-            params = given(limit=PAGE, cursor=cursor)
-            page = await self._transport.call(_ProcessPage, "GET", self._path, params=params, again=True)
-            found += page.items
-            cursor = page.next_cursor
-            if cursor is None:
-                return found
-
-    async def signal(self, process: int | str, signal: str | int = "SIGTERM") -> None:
-        """Send a signal to the process with this pid or tag, and to its whole process group. NotFound."""
-        await self._transport.send("DELETE", f"{self._path}/{segment(process)}", params={"signal": str(signal)})
-
-
-async def pages(transport: Transport, item: type[Struct], path: str, params: Mapping[str, Any]) -> AsyncIterator[Any]:
-    """The items of a bare array, page by page, as its Link headers lead."""
-    cursor: str | None = None
-    while True:
-        sent = {**params, "limit": PAGE, **given(cursor=cursor)}
-        response = await transport.send("GET", path, params=sent, again=True)
-        for one in msgspec.json.decode(response.content, type=list[item]):  # type: ignore[valid-type]
-            yield one
-        following = response.links.get("next", {}).get("url", "")
-        cursor = next(iter(parse_qs(urlsplit(following).query).get("cursor", [])), None)  # never its host
-        if cursor is None:
-            return
-
-
 class _Execution(Struct):
     stdout: str
     stderr: str
     exit_code: int
     duration_ms: int
     encoding: str
-
-
-class _ProcessPage(Struct):
-    items: list[ProcessInfo]
-    next_cursor: str | None = None
 
 
 class _Forked(Struct):

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
 from capsule.client.answers import ApiKey, NewApiKey, Template
-from capsule.client.sandboxes import pages
+from capsule.client.listing import pages
 from capsule.client.transport import LONG_TIMEOUT, Transport, given, segment
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from ipaddress import ip_address
 from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -46,7 +46,7 @@ class CredentialAuth(httpx.Auth):
         yield request
 
 
-Content = Callable[[], AsyncGenerator[bytes, None]]
+Content = Callable[[], AbstractAsyncContextManager[AsyncIterator[bytes]]]
 """Makes a body, anew for each attempt."""
 
 
@@ -54,7 +54,7 @@ class Upload(httpx.AsyncByteStream):
     """A body as it is made. Not through httpx's own generator, which nobody would close when the request is
     cancelled."""
 
-    def __init__(self, source: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, source: AsyncIterator[bytes]) -> None:
         self._source = source
 
     def __aiter__(self) -> AsyncIterator[bytes]:
@@ -177,7 +177,7 @@ class Transport:
         )
         async with AsyncExitStack() as stack:
             if content is not None:
-                request.stream = Upload(await stack.enter_async_context(aclosing(content())))
+                request.stream = Upload(await stack.enter_async_context(content()))
             response = await _lost_if_broken(lambda: self._client.send(request, stream=True))
         try:
             if not response.is_success:

@@ -7,8 +7,8 @@ import io
 import os
 import secrets
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, BinaryIO
 
 import trio
@@ -43,12 +43,16 @@ class Form:
             return {**kind, "Transfer-Encoding": "chunked"}
         return {**kind, "Content-Length": str(len(self.head) + size + len(self.tail))}
 
-    async def around(self, source: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-        """The body."""
-        async with aclosing(source):
-            yield self.head
-            async for piece in source:
-                yield piece
+    @asynccontextmanager
+    async def around(self, source: AsyncGenerator[bytes, None]) -> AsyncIterator[AsyncIterator[bytes]]:
+        """The body. Both generators end with the context, whatever happens to the request."""
+        async with aclosing(source), aclosing(self._framed(source)) as body:
+            yield body
+
+    async def _framed(self, source: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        yield self.head
+        async for piece in source:
+            yield piece
         yield self.tail
 
     def _part(self, name: str) -> str:

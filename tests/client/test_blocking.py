@@ -16,7 +16,8 @@ import trio
 from capsule.client import ApiError, BlockingTerminal, Client, NotFound, Sandbox, StreamClosed, TrioSandbox
 from capsule.client.client import Files, Processes, Sandboxes
 from capsule.client.files import TrioFiles
-from capsule.client.sandboxes import TrioProcesses, TrioSandboxes
+from capsule.client.listing import TrioProcesses
+from capsule.client.sandboxes import TrioSandboxes
 from capsule.client.terminals import Terminal
 
 
