@@ -201,10 +201,26 @@ async def test_a_broken_archive_changes_nothing(transfers, tmp_path, existing, u
         await trio.to_thread.run_sync(until, lambda: snapshot(tmp_path) == before, "the staging directory is gone")
     gone = ValueError("the client went away")
     with pytest.raises(ValueError, match="went away"):
-        await unpack(transfers, target, whole[:7000], broken=gone)
-    with pytest.raises(ValueError, match="went away"):
         await unpack(transfers, target, whole, broken=gone)
     await trio.to_thread.run_sync(until, lambda: snapshot(tmp_path) == before, "the staging directory is gone")
+
+
+async def test_an_archive_that_breaks_off_while_it_is_unpacked(transfers, tmp_path, guest, until):
+    """tar is killed, and what it has written goes, though nobody is left who waits for that."""
+    target = tmp_path / "target"
+    target.mkdir()
+    large = archive_of({"a": os.urandom(3_000_000), "b": os.urandom(3_000_000)})
+
+    async def source():
+        yield large[:5_000_000]
+        await trio.to_thread.run_sync(until, lambda: list(tmp_path.rglob(".capsule-*/tree/b")), "tar is at work")
+        raise ValueError("the client went away")
+
+    with pytest.raises(ValueError, match="went away"):
+        await transfers.write_archive(PLACED, str(target), source())
+    await trio.to_thread.run_sync(until, lambda: not leftovers(tmp_path), "the staging directory is gone")
+    assert not list(target.iterdir())
+    await trio.to_thread.run_sync(until, lambda: not guest.children(), "the shell is gone")
 
 
 async def test_what_tar_says_is_told(transfers, tmp_path):
