@@ -57,14 +57,24 @@ def environ(environment, platform):
 
 
 @pytest.fixture
-def capsule(environ, tmp_path):
+def capsule(environ, capsule_without_key):
     """Run `capsule …` to its end: (exit code, stdout, stderr). With `url`: through there."""
+
+    async def run(*arguments, stdin=b"", url=None, env=None):
+        return await capsule_without_key(*arguments, stdin=stdin, url=url, env=env or environ)
+
+    return run
+
+
+@pytest.fixture
+def capsule_without_key(environment, tmp_path):
+    """The same without a server or a key."""
 
     async def run(*arguments, stdin=b"", url=None, env=None):
         with trio.fail_after(BOUND):
             ran = await trio.run_process(
                 [sys.executable, "-m", "capsule", *arguments],
-                env={**(env or environ), **({"CAPSULE_URL": url} if url else {})},
+                env={**(env or environment), **({"CAPSULE_URL": url} if url else {})},
                 cwd=tmp_path,
                 stdin=stdin,
                 capture_stdout=True,
@@ -171,6 +181,28 @@ def screen(environ, tmp_path):
 def _own_terminal():
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def complete(environment, tmp_path):
+    """What the shell offers for a line, as click's protocol has it."""
+
+    async def run(line, url):
+        words = line.split(" ")
+        asked = {"_CAPSULE_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+        with trio.fail_after(BOUND):
+            ran = await trio.run_process(
+                [sys.executable, "-m", "capsule"],
+                env={**environment, **asked, "CAPSULE_URL": url},
+                cwd=tmp_path,
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+            )
+        assert ran.stderr == b""
+        return ran.stdout.decode()
+
+    return run
 
 
 @pytest.fixture

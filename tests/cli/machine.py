@@ -25,6 +25,7 @@ class Job:
 
     def __init__(self, words, *, size=None, envs=None, cwd=None, detach=False, tag=None):
         self.pty, self.detach = size is not None, detach or size is not None
+        self.words = words
         self.kept = deque()  # (offset, channel, data)
         self.end = 0
         self.taken = None  # offset up to which whoever is attached has read; None: nobody is

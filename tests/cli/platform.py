@@ -111,6 +111,8 @@ class Platform:
             return 200, {}, msgspec.json.encode([INFO, *self.others])
         if re.fullmatch(sandbox, url.path):
             return 200, {}, msgspec.json.encode(INFO)
+        if re.fullmatch(f"{sandbox}/processes", url.path):
+            return 200, {}, msgspec.json.encode({"items": [_shown(job) for job in self.jobs if job.status is None]})
         if found := re.fullmatch(f"{sandbox}/processes/(.+)", url.path):
             self._find(found[2]).signal(_number(parse_qs(url.query)["signal"][0]))
             return 204, {}, b""
@@ -335,6 +337,14 @@ async def _body(stream, headers, rest):
     while len(data) < int(headers.get("content-length", 0)):
         await more()
     return bytes(data)
+
+
+def _shown(job):
+    cmd, *args = job.words
+    return {
+        "pid": job.pid, "tag": job.tag, "cmd": cmd, "args": args, "user": "root", "cwd": "/", "background": False,
+        "started_at": MOMENT,
+    }  # fmt: skip
 
 
 def _number(name):

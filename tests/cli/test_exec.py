@@ -10,7 +10,7 @@ import sys
 import pytest
 import trio
 
-from tests.cli.platform import HEX, SANDBOX, Refused
+from tests.cli.platform import HEX, INFO, SANDBOX, Refused
 
 SB = SANDBOX[:9]
 
@@ -145,15 +145,9 @@ async def test_ids_may_be_short(capsule, platform):
     assert "too short" in (await capsule("exec", "sb-012", "true"))[2]
     assert "not the id" in (await capsule("exec", "web", "true"))[2]
     assert "no sandbox begins with" in (await capsule("exec", "ffff", "true"))[2]
-    platform.others = [{**platform_info(), "id": SANDBOX.replace("cdef", "cdee")}]
+    platform.others = [{**INFO, "id": SANDBOX.replace("cdef", "cdee")}]
     code, _, err = await capsule("exec", "0123", "true")
     assert (code, SANDBOX in err, SANDBOX.replace("cdef", "cdee") in err) == (125, True, True)
-
-
-def platform_info():
-    from tests.cli.platform import INFO  # noqa: PLC0415
-
-    return INFO
 
 
 async def test_environment_directory_and_json(capsule, platform, environ):
@@ -225,3 +219,19 @@ async def test_input_of_a_lost_attachment_is_not_guessed(capsule, proxy, nursery
         os.close(writing)
     assert (code, out) == (125, b"hello\n")
     assert "what of the input has arrived is not known" in err
+
+
+async def test_processes_are_listed_and_signalled(capsule, platform, until):
+    """By tag or pid; the command as a shell would take it."""
+    await capsule("exec", "-d", "--tag", "job", SB, "true")
+    await capsule("exec", "-d", "--tag", "job2", SB, "sleep", "100")
+    [_, job] = platform.jobs
+    _, out, _ = await capsule("ps", SB)
+    [head, row] = out.decode().splitlines()
+    assert head.split() == ["PID", "TAG", "USER", "AGE", "COMMAND"]
+    assert (row.split()[:3], row.endswith("sleep 100")) == ([str(job.pid), "job2", "root"], True)
+    assert await capsule("kill", "-s", "int", SB, "job2") == (0, b"", "")
+    await until(lambda: job.status == {"exit_code": 130, "signal": 2})
+    code, out, err = await capsule("kill", SB, str(job.pid))
+    assert (code, err) == (125, "capsule: There is no such process. (not_found)\n")
+    assert (await capsule("ps", "--json", SB))[1] == b"[]\n"
