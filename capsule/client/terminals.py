@@ -58,9 +58,16 @@ class Terminal:
         return f"<Terminal {self.tag}>"
 
     async def send(self, data: bytes) -> None:
-        """Bytes as from a keyboard; waits when the program does not read them. StreamClosed, ConnectionLost."""
+        """Bytes as from a keyboard; waits when the program does not read them, or until the connection is there again.
+        StreamClosed, ConnectionLost."""
         for start in range(0, len(data), PIECE):
-            await (await self._current()).send(bytes(data[start : start + PIECE]))
+            socket = await self._current()
+            try:
+                await socket.send(bytes(data[start : start + PIECE]))
+            except ConnectionLost:
+                if not self._reconnect:
+                    raise
+                self._gone(socket)
 
     async def resize(self, cols: int, rows: int) -> None:
         """In characters, 1 to 4096 each. Of several in a row the last one counts; it holds for reconnections, too."""

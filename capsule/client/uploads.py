@@ -100,19 +100,19 @@ async def _upload(
     digest, sent = hashlib.sha256(), 0
 
     def read() -> bytes:
-        piece = file.read(CHUNK)
+        piece = file.read(CHUNK if size is None else min(CHUNK, size - sent))  # not what is appended meanwhile
         digest.update(piece)
         return piece
 
     async def pieces() -> AsyncGenerator[bytes, None]:
         nonlocal sent
         while piece := await trio.to_thread.run_sync(read):
-            yield piece
             sent += len(piece)
+            yield piece
             if on_progress is not None:
                 on_progress(sent, size)
         if size is not None and sent != size:
-            raise IntegrityError(f"the file changed while it was read: it had {size} bytes, {sent} came")
+            raise IntegrityError(f"the file changed while it was read: it had {size} bytes, now {sent}")
 
     response = await post(transport, files, Form(path), pieces, size)
     check_digest(response, digest.digest())

@@ -80,6 +80,23 @@ async def test_open_files_and_pipes(platform):
     assert (await platform.sandbox.files.download("/empty", io.BytesIO())).bytes == 0
 
 
+async def test_a_file_that_grows_or_shrinks_meanwhile(platform, tmp_path):
+    """What is appended is left out; what is missing fails the upload, and the target stays as it was."""
+    source = tmp_path / "log"
+    source.write_bytes(BIG)
+    with source.open("ab") as log:
+
+        def append(_done, _total):
+            log.write(b"more")
+            log.flush()
+
+        await platform.sandbox.files.upload(source, "/log", on_progress=append)
+    assert platform.sandboxes.files["/log"] == BIG
+    with pytest.raises(IntegrityError, match="changed"):
+        await platform.sandbox.files.upload(source, "/log", on_progress=lambda *_: os.truncate(source, 1000))
+    assert platform.sandboxes.files["/log"] == BIG
+
+
 async def test_an_upload_holds_a_piece_at_a_time(platform):
     """A source of 256 MiB that nobody takes: a few pieces are read, not all of it."""
     gate = platform.streams.gates["write_stream"] = trio.Event()
