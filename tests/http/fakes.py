@@ -295,11 +295,14 @@ class FakeProcess:
         await self.reads.wait()
         self.input_ended = True
 
-    async def __aiter__(self):
-        async for said in self._said:
-            if isinstance(said, Exception):
-                raise said
-            yield said
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        said = await self._said.__anext__()
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     async def exit(self):
         await trio.lowlevel.checkpoint()

@@ -221,11 +221,11 @@ class Matrix:
 
 
 class _Allowed:
-    """Success; or what only a request that came through to the played guest is told."""
+    """Success; or what only a request that came through to the played guest, or to a WebSocket, is told."""
 
     def __contains__(self, answer):
         status, code = answer
-        return status < 400 or (status == 409 and code == "invalid_state")
+        return status < 400 or (status, code) in {(409, "invalid_state"), (426, "upgrade_required")}
 
     def __repr__(self):
         return "allowed"

@@ -46,11 +46,11 @@ class UpgradeRequest:
             raise InvalidRequest("A WebSocket is asked for with HTTP/1.1 and a Host header.")
         if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
             raise InvalidRequest("A request for a WebSocket has no body.")
-        if self.headers.getlist("Sec-WebSocket-Version") != [VERSION]:
-            raise UpgradeRequired(f"Sec-WebSocket-Version must be {VERSION}.")
         keys = self.headers.getlist("Sec-WebSocket-Key")
         if len(keys) != 1 or not _is_key(keys[0]):
             raise InvalidRequest("Sec-WebSocket-Key must be 16 bytes in base64.")
+        if self.headers.getlist("Sec-WebSocket-Version") != [VERSION]:
+            raise UpgradeRequired(f"Sec-WebSocket-Version must be {VERSION}.")
         return str(keys[0])
 
 

@@ -14,6 +14,7 @@ pings only the last one is answered (RFC 6455 §5.5.3), and messages are bounded
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Protocol
 
 import structlog
@@ -233,10 +234,8 @@ class WebSocket:
         self._held_up = True
         while self.end is None and not self._stream.hung_up():
             with trio.move_on_after(HANG_UP_INTERVAL) as waiting:
-                try:
+                with suppress(trio.BrokenResourceError):  # it ends; what comes is read for the close frame in it
                     await self._put.send(message)
-                except trio.BrokenResourceError:
-                    pass  # it has ended; what still comes is read for the close frame in it
             if not waiting.cancelled_caught:
                 break
         else:
@@ -245,11 +244,9 @@ class WebSocket:
         self._heard = trio.current_time()
 
     async def _discard(self) -> None:
-        try:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             while await self._stream.receive_some(READ_BYTES):
                 pass
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
         self._closed.set()
 
     def _hang_up(self, reason: str) -> None:
