@@ -1,0 +1,240 @@
+"""Streams into real VMs: a terminal's echo beside ssh to a local sshd, alone and beside a flood; output, upload and
+download beside raw TCP into the same guest. Everything goes through the Python client, as a user's program would."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import trio
+from stage import platform, show, user
+
+from capsule.client import TrioClient
+
+ECHOES = 400
+STREAMS = 200
+SIZE_MB = 128
+TRIES = 3
+SINK_PORT = 6000
+SSH_PORT = 2222
+RAW = "stty raw -echo; exec cat"
+"""A terminal whose every byte comes back through a process."""
+SINK = f"""
+import socket
+listener = socket.create_server(("", {SINK_PORT}))
+while True:
+    peer, _ = listener.accept()
+    kind = peer.recv(1)
+    if kind == b"s":
+        while peer.recv(1 << 20): pass
+    else:
+        block = bytes(1 << 20)
+        for _ in range({SIZE_MB}): peer.sendall(block)
+    peer.close()
+"""
+
+
+def percentiles(name: str, seconds: list[float], base: tuple[float, float] | None = None, what: str = "", goal=None):
+    """Print p50 and p99 in ms, and their ratios; (p50, p99)."""
+    ordered = sorted(seconds)
+    p50, p99 = statistics.median(ordered) * 1000, ordered[int(len(ordered) * 0.99) - 1] * 1000
+    show(f"{name} p50", p50, "ms", base and base[0], what)
+    show(f"{name} p99", p99, "ms", base and base[1], what, goal=goal)
+    return p50, p99
+
+
+async def echoes(send, receive, count: int = ECHOES) -> list[float]:
+    """Seconds from a byte to its echo, one after the other."""
+    seconds = []
+    for number in range(count):
+        byte = bytes([ord("a") + number % 26])
+        began = time.perf_counter()
+        await send(byte)
+        answer = b""
+        while byte not in answer:
+            answer += await receive()
+        seconds.append(time.perf_counter() - began)
+    return seconds[count // 10 :]
+
+
+@asynccontextmanager
+async def sshd(directory: Path):
+    """An sshd on loopback with keys of its own, and the command that reaches it."""
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(directory / name)], check=True)
+    shutil.copy(directory / "user.pub", directory / "authorized")
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
+    options = {
+        "Port": SSH_PORT,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": directory / "host",
+        "AuthorizedKeysFile": directory / "authorized",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PermitRootLogin": "yes",
+    }
+    command = ["/usr/sbin/sshd", "-D", "-e", "-f", "/dev/null"]
+    for name, value in options.items():
+        command += ["-o", f"{name}={value}"]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    client = ["ssh", "-tt", "-p", str(SSH_PORT), "-i", str(directory / "user"), "-o", "StrictHostKeyChecking=no"]
+    client += ["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "root@127.0.0.1"]
+    try:
+        while subprocess.run([*client, "true"], stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode:
+            await trio.sleep(0.1)
+        yield client
+    finally:
+        server.terminate()
+        server.wait()
+
+
+async def ssh_echo() -> tuple[float, float] | None:
+    """The baseline; None without an sshd."""
+    if not Path("/usr/sbin/sshd").exists():
+        print("no sshd here (apt-get install openssh-server): the echo has no baseline", flush=True)
+        return None
+    with tempfile.TemporaryDirectory(prefix="capsule-ssh-") as name:
+        async with sshd(Path(name)) as client:
+            process = await trio.lowlevel.open_process(
+                [*client, f"echo ready; {RAW}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            answer = b""
+            while b"ready" not in answer:
+                answer += await process.stdout.receive_some()
+            await trio.sleep(0.5)
+            seconds = await echoes(process.stdin.send_all, process.stdout.receive_some)
+            process.kill()
+            await process.wait()
+    return percentiles("terminal echo: ssh to a local sshd", seconds)
+
+
+async def ready(terminal) -> None:
+    """Past everything a terminal says before it echoes."""
+    answer = b""
+    while b"\x04ready" not in answer:
+        answer += await anext(terminal)
+
+
+def echoing(sandbox, **size):
+    """A terminal that echoes every byte."""
+    return sandbox.terminal("/bin/sh", ["-c", f"stty raw -echo; printf '\\004ready'; {RAW}"], **size)
+
+
+async def terminals(sandbox, ssh: tuple[float, float] | None) -> None:
+    """One quiet terminal: alone, beside a flood that is read, beside one that is not, beside many."""
+    async with echoing(sandbox) as terminal:
+        await ready(terminal)
+
+        async def receive():
+            return await anext(terminal)
+
+        quiet = percentiles("terminal echo: through everything", await echoes(terminal.send, receive), ssh, "ssh")
+        async with trio.open_nursery() as nursery:
+            await nursery.start(flood, sandbox)
+            beside = await echoes(terminal.send, receive)
+            nursery.cancel_scope.cancel()
+        percentiles("  beside a flood that is read", beside, quiet, "quiet", goal=3)
+        async with sandbox.stream("cat /dev/zero"):
+            await trio.sleep(1)
+            percentiles("  beside one that nobody reads", await echoes(terminal.send, receive), quiet, "quiet", goal=3)
+        async with trio.open_nursery() as nursery:
+            began = time.perf_counter()
+            async with trio.open_nursery() as opening:
+                for _ in range(STREAMS - 1):
+                    opening.start_soon(nursery.start, attached, sandbox)
+            show(f"{STREAMS} streams: to open the others", time.perf_counter() - began, "s")
+            percentiles("  beside the others", await echoes(terminal.send, receive), quiet, "quiet", goal=3)
+            nursery.cancel_scope.cancel()
+
+
+async def flood(sandbox, *, task_status) -> None:
+    """A process whose output is read as fast as it comes."""
+    async with sandbox.stream("cat /dev/zero") as process:
+        task_status.started()
+        async for _ in process:
+            pass
+
+
+async def attached(sandbox, *, task_status) -> None:
+    """A process that does nothing, with somebody attached."""
+    async with sandbox.stream("cat", []):
+        task_status.started()
+        await trio.sleep_forever()
+
+
+async def raw_tcp(address: str, kind: bytes) -> float:
+    """MB/s of a bare TCP connection with a Python program in the guest."""
+    stream = await trio.open_tcp_stream(address, SINK_PORT)
+    began = time.perf_counter()
+    await stream.send_all(kind)
+    if kind == b"s":
+        block = bytes(1 << 20)
+        for _ in range(SIZE_MB):
+            await stream.send_all(block)
+        await stream.send_eof()
+    while await stream.receive_some(1 << 20):
+        pass
+    await stream.aclose()
+    return SIZE_MB * 1.048576 / (time.perf_counter() - began)
+
+
+async def output(sandbox) -> float:
+    """MB/s of a process that prints."""
+    began, count = time.perf_counter(), 0
+    async with sandbox.stream(f"head -c {SIZE_MB << 20} /dev/zero") as process:
+        async for chunk in process:
+            count += len(chunk.data)
+    assert count == SIZE_MB << 20
+    return count / 1e6 / (time.perf_counter() - began)
+
+
+async def throughput(sandbox, address: str) -> None:
+    """In turns, so that a busy machine is busy for all of them."""
+    await sandbox.start("python3", ["-c", SINK])
+    while True:
+        with suppress(OSError):
+            await raw_tcp(address, b"s")
+            break
+        await trio.sleep(0.1)
+    into, out, printed, up, down = [], [], [], [], []
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        local, back = Path(name) / "local", Path(name) / "back"
+        local.write_bytes(os.urandom(1 << 20) * SIZE_MB)
+        for _ in range(TRIES):
+            into.append(await raw_tcp(address, b"s"))
+            out.append(await raw_tcp(address, b"r"))
+            printed.append(await output(sandbox))
+            began = time.perf_counter()
+            await sandbox.files.upload(local, "/root/blob")
+            up.append(SIZE_MB * 1.048576 / (time.perf_counter() - began))
+            began = time.perf_counter()
+            await sandbox.files.download("/root/blob", back)
+            down.append(SIZE_MB * 1.048576 / (time.perf_counter() - began))
+    show("raw TCP into the guest", statistics.median(into), "MB/s")
+    show("raw TCP out of the guest", statistics.median(out), "MB/s")
+    show("output of a process", statistics.median(printed), "MB/s", statistics.median(out), "raw TCP (goal >= 0.5)")
+    show("upload of a file", statistics.median(up), "MB/s", statistics.median(into), "raw TCP (goal >= 0.5)")
+    show("download of a file", statistics.median(down), "MB/s", statistics.median(out), "raw TCP (goal >= 0.5)")
+
+
+async def main() -> None:
+    """All of it, in order."""
+    with platform() as (_, told):
+        ssh = await ssh_echo()
+        with user(told) as api:
+            made = api.post("/sandboxes", json={}).raise_for_status().json()
+        async with TrioClient(url=told["url"], api_key=told["api_key"]) as capsule:
+            sandbox = await capsule.sandboxes.get(made["id"])
+            await terminals(sandbox, ssh)
+            await throughput(sandbox, made["host_ip"])
+
+
+if __name__ == "__main__":
+    trio.run(main)
