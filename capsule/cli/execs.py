@@ -30,7 +30,7 @@ escape_option = click.option(
 TERMINAL_NEEDED = "-t needs a terminal to show it in: our input is none"
 
 
-@click.command(cls=Command, context_settings={"allow_interspersed_args": False})
+@click.command("exec", cls=Command, context_settings={"allow_interspersed_args": False})
 @click.argument("sandbox_id", metavar="SANDBOX", type=SandboxId())
 @click.argument("command", metavar="[--] COMMAND [ARG]…", nargs=-1, type=click.UNPROCESSED)
 @click.option(

@@ -97,7 +97,7 @@ class Screen:
         self.process = subprocess.Popen(
             [*program, *arguments],
             stdin=self.slave, stdout=self.slave, stderr=self.slave, env=env, cwd=cwd,
-            preexec_fn=_own_terminal,
+            preexec_fn=_own_terminal,  # noqa: PLW1509 - no other thread holds what it needs
         )  # fmt: skip
         self.seen = bytearray()
         self.mark = 0
@@ -181,6 +181,27 @@ def screen(environ, tmp_path):
 def _own_terminal():
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def started(environ, tmp_path):
+    """Start `capsule …` with pipes; ended at the end of the test."""
+    processes = []
+
+    def start(*arguments, url=None, **pipes):
+        env = {**environ, **({"CAPSULE_URL": url} if url else {})}
+        words = [sys.executable, "-m", "capsule", *arguments]
+        processes.append(subprocess.Popen(words, env=env, cwd=tmp_path, **pipes))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Real local processes behind the platform's stream protocol: what a sandbox does, as far as a command line sees it.
+"""Real local processes behind the platform's stream protocol: what a sandbox does, as a command line sees it.
 
-As docs/protocol.md has it: 64 KiB of output are kept per process, an attached reader holds the process up, nobody does not.
+As docs/protocol.md has it: 64 KiB of output are kept per process, an attached reader holds the process up, and nobody
+does not.
 """
 
 from __future__ import annotations
@@ -38,7 +39,13 @@ class Job:
             self.stdin, slave = pty.openpty()
             self.resize(*size)
             self.process = subprocess.Popen(
-                words, stdin=slave, stdout=slave, stderr=slave, env=env, cwd=cwd, preexec_fn=_own_terminal
+                words,
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                env=env,
+                cwd=cwd,
+                preexec_fn=_own_terminal,  # noqa: PLW1509 - no other thread holds what it needs
             )
             os.close(slave)
             self._sources = {self.stdin: 1}

@@ -1,6 +1,6 @@
-"""One sandbox behind the HTTP API and its WebSockets, on a port of loopback; its processes and files are this machine's.
+"""One sandbox behind the HTTP API and its WebSockets, on a port of loopback.
 
-Only what the command line asks for, as the API's contract has it.
+Its processes and files are this machine's. Only what the command line asks for, as the API's contract has it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INFO = {
 }  # fmt: skip
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - it is an answer
     def __init__(self, status, code, message="Refused."):
         super().__init__(message)
         self.status, self.code = status, code
@@ -58,7 +58,7 @@ class Platform:
     async def serve(self, *, task_status):
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
         listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # little is lost when it is cut
-        self.url = "http://127.0.0.1:{}".format(listener.socket.getsockname()[1])
+        self.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
         await trio.serve_listeners(self._connection, [listener], task_status=task_status)
 
     async def _connection(self, stream):
@@ -84,10 +84,7 @@ class Platform:
         if self.silent:
             await trio.sleep_forever()
         try:
-            if headers.get("x-api-key") != KEY:
-                raise Refused(401, "unauthorized", "This API key is unknown or revoked.")
-            if url.path in self.refusals:
-                raise self.refusals[url.path]
+            self._admit(headers, url.path)
             status, extra, answer = self._answer(method, url, headers, body)
         except Refused as error:
             refusal = {"error": {"code": error.code, "message": str(error), "request_id": "r"}}
@@ -102,6 +99,12 @@ class Platform:
             await trio.sleep_forever()
         await stream.send_all(answer)
         await stream.aclose()
+
+    def _admit(self, headers, path):
+        if headers.get("x-api-key") != KEY:
+            raise Refused(401, "unauthorized", "This API key is unknown or revoked.")
+        if path in self.refusals:
+            raise self.refusals[path]
 
     # what there is
 

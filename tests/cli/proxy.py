@@ -24,7 +24,7 @@ class Proxy:
 
     async def serve(self, *, task_status):
         [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.url = "http://127.0.0.1:{}".format(listener.socket.getsockname()[1])
+        self.url = f"http://127.0.0.1:{listener.socket.getsockname()[1]}"
         await trio.serve_listeners(self._connection, [listener], task_status=task_status)
 
     def cut(self, *, closed=False):

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import trio
@@ -59,23 +58,16 @@ async def test_a_download_goes_on_where_it_was_cut(capsule, platform, tmp_path):
     assert (await capsule("cp", f"{SB}:/x", "-"))[:2] == (0, CONTENT)
 
 
-async def test_an_upload_that_is_cut_is_said(environ, platform, proxy, until):
+async def test_an_upload_that_is_cut_is_said(started, platform, proxy, until):
     """It is not sent again, for the sandbox may have it; the old file stays."""
     (platform.root / "x").write_text("old")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "capsule", "cp", "-", f"{SB}:/x"],
-        env={**environ, "CAPSULE_URL": proxy.url}, stdin=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = started("cp", "-", f"{SB}:/x", url=proxy.url, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdin.write(b"new")
     process.stdin.flush()
-    try:
-        await until(lambda: platform.beginning)
-        proxy.cut()
-        with trio.fail_after(20):
-            _, told = await trio.to_thread.run_sync(process.communicate, b"more" * 1_000_000, abandon_on_cancel=True)
-    finally:
-        process.kill()
-        process.wait()
+    await until(lambda: platform.beginning)
+    proxy.cut()
+    with trio.fail_after(20):
+        _, told = await trio.to_thread.run_sync(process.communicate, b"more" * 1_000_000, abandon_on_cancel=True)
     code, err = process.returncode, told.decode()
     assert (code, err.startswith("capsule: the connection was lost")) == (125, True)
     assert (platform.root / "x").read_text() == "old"
@@ -165,21 +157,15 @@ async def test_a_terminal_as_input_can_be_interrupted(screen, platform, until):
     assert await it.ended() == -signal.SIGINT
 
 
-async def test_a_download_that_is_ended_leaves_nothing(environ, platform, tmp_path, until):
+async def test_a_download_that_is_ended_leaves_nothing(started, platform, tmp_path, until):
     """SIGTERM: the half file goes, too."""
     (platform.root / "x").write_bytes(CONTENT)
     (tmp_path / "into").mkdir()
     platform.stall_download = True
-    process = subprocess.Popen(
-        [sys.executable, "-m", "capsule", "cp", f"{SB}:/x", "into/x"], env=environ, cwd=tmp_path
-    )  # fmt: skip
-    try:
-        await until(lambda: list((tmp_path / "into").iterdir()))
-        process.terminate()
-        await until(lambda: process.poll() is not None)
-    finally:
-        process.kill()
-        process.wait()
+    process = started("cp", f"{SB}:/x", "into/x")
+    await until(lambda: list((tmp_path / "into").iterdir()))
+    process.terminate()
+    await until(lambda: process.poll() is not None)
     assert (process.returncode, list((tmp_path / "into").iterdir())) == (143, [])
 
 

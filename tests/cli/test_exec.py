@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import trio
@@ -13,6 +12,7 @@ import trio
 from tests.cli.platform import HEX, INFO, SANDBOX, Refused
 
 SB = SANDBOX[:9]
+BOUND = 30
 
 
 async def test_arguments_output_and_exit_code_pass_through(capsule):
@@ -45,61 +45,48 @@ async def test_a_process_that_was_killed(capsule):
     assert (code, "not found" in err) == (127, True)
 
 
-async def test_signals_reach_the_process(environ, until, platform):
+async def test_signals_reach_the_process(started):
     """SIGINT and SIGTERM are the process's to act on; its exit code is ours."""
     script = "trap 'echo int' INT; trap 'echo term; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "capsule", "exec", SB, "--", "bash", "-c", script], env=environ, stdout=subprocess.PIPE
-    )
-    try:
-        for number, words in ((None, b"ready\n"), (signal.SIGINT, b"int\n"), (signal.SIGTERM, b"term\n")):
-            if number:
-                process.send_signal(number)
-            with trio.fail_after(20):
-                assert await trio.to_thread.run_sync(process.stdout.readline) == words
-        with trio.fail_after(20):
-            assert await trio.to_thread.run_sync(process.wait) == 3
-    finally:
-        process.kill()
-        process.communicate()
+    process = started("exec", SB, "--", "bash", "-c", script, stdout=subprocess.PIPE)
+    for number, words in ((None, b"ready\n"), (signal.SIGINT, b"int\n"), (signal.SIGTERM, b"term\n")):
+        if number:
+            process.send_signal(number)
+        assert await _line(process) == words
+    assert await _code(process) == 3
 
 
-async def test_one_that_ignores_us_is_left_at_the_third_time(environ, until, platform):
+async def test_one_that_ignores_us_is_left_at_the_third_time(started, until, platform):
     """As docker does; it is killed, because nobody detached it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "capsule", "exec", SB, "--", "bash", "-c", "trap '' INT; echo ready; while :; do sleep 0.05; done"],
-        env=environ, stdout=subprocess.PIPE,
-    )  # fmt: skip
-    try:
-        with trio.fail_after(20):
-            assert await trio.to_thread.run_sync(process.stdout.readline) == b"ready\n"
-        [job] = platform.jobs
-        for _ in range(3):
-            process.send_signal(signal.SIGINT)
-            await trio.sleep(0.2)  # equal signals that wait are one
-        with trio.fail_after(20):
-            assert await trio.to_thread.run_sync(process.wait) == 130
-        await until(lambda: job.status == {"exit_code": 137, "signal": 9})
-    finally:
-        process.kill()
-        process.communicate()
+    script = "trap 'echo no' INT; echo ready; while :; do sleep 0.05; done"
+    process = started("exec", SB, "--", "bash", "-c", script, stdout=subprocess.PIPE)
+    assert await _line(process) == b"ready\n"
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        assert await _line(process) == b"no\n"
+    process.send_signal(signal.SIGINT)
+    assert await _code(process) == 130
+    await until(lambda: platform.jobs[0].status == {"exit_code": 137, "signal": 9})
 
 
-async def test_a_reader_that_has_enough_ends_it_quietly(environ, platform, until):
+async def test_a_reader_that_has_enough_ends_it_quietly(started, platform, until):
     """`capsule exec … | head -1`: no word on stderr, and the process ends; also one that would print for ever."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "capsule", "exec", SB, "yes"],
-        env=environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    with process:
-        assert await trio.to_thread.run_sync(process.stdout.readline) == b"y\n"
-        process.stdout.close()
-        with trio.fail_after(20):
-            assert await trio.to_thread.run_sync(process.wait) == 141
-        assert process.stderr.read() == b""
+    process = started("exec", SB, "yes", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert await _line(process) == b"y\n"
+    process.stdout.close()
+    assert await _code(process) == 141
+    assert process.stderr.read() == b""
     await until(lambda: platform.jobs[0].status is not None)
+
+
+async def _line(process):
+    with trio.fail_after(BOUND):
+        return await trio.to_thread.run_sync(process.stdout.readline, abandon_on_cancel=True)
+
+
+async def _code(process):
+    with trio.fail_after(BOUND):
+        return await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
 
 
 async def test_our_own_failures_are_125_in_one_line(capsule, platform, environ):
@@ -194,7 +181,7 @@ async def test_detached_and_come_back_to(capsule, proxy, nursery, until, platfor
         (platform.root / "go").touch()
 
     nursery.start_soon(let_it_go)
-    code, out, err = await capsule("attach", "-n", SB, "job", url=proxy.url)
+    code, out, _err = await capsule("attach", "-n", SB, "job", url=proxy.url)
     assert (code, out) == (9, b"".join(b"%d\n" % number for number in range(1, 4001)))
     assert proxy.cuts == 1
     code, out, _ = await capsule("logs", "-f", SB, str(platform.jobs[0].pid))

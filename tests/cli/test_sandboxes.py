@@ -32,7 +32,7 @@ async def user(as_user, people, tmp_path):
 
 
 async def test_logging_in_and_out(as_user, user, people, tmp_path):
-    """A key of this machine, for its owner's eyes; a second login ends the first one's key; after logout there is none."""
+    """A key of this machine, for its owner's eyes; a second login ends the first one's key."""
     path = tmp_path / ".config/capsule/credentials.json"
     stored = json.loads(path.read_text())
     assert (stored["url"], stat.S_IMODE(path.stat().st_mode)) == (people.url, 0o600)

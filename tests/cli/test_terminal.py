@@ -127,7 +127,7 @@ async def test_what_the_sandbox_no_longer_has_is_said_to_be_missing(screen, prox
 
 @pytest.mark.parametrize("keys", [b"\x03\x03\x03", b"\r~."])
 async def test_a_lost_connection_can_be_given_up(screen, proxy, platform, keys):
-    """Ctrl-C three times, or the escape; the way back is said, the remote shell lives on, the terminal is ours again."""
+    """Ctrl-C three times, or the escape; the way back is said, the remote shell lives on."""
     it = screen("exec", "-t", SB, "--", *SHELL, url=proxy.url)
     it.type(b"echo a''b\r")
     await it.expect(b"ab\r\n")
