@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from agent.wire.messages import Frame
 
 HIGH_WATER_BYTES = 512 * 1024
-"""Queued output above which senders of DATA and answers wait for the writer."""
+"""Queued output above which senders of DATA wait for the writer if some of theirs is queued already."""
+
+CROWD_BYTES = 4 * 1024 * 1024
+"""Queued output above which everybody waits: also streams with nothing queued, new ones, and answers."""
+
+WRITE_BYTES = 128 * 1024
+"""Output written in one piece: a frame that is to pass the others waits for the rest of such a piece."""
+
+WOKEN = 16
+"""Waiting senders let in by each write: enough for the next ones, and a thousand do not all wake for two places."""
 
 READ_BYTES = 64 * 1024
 """Input handled in one step: even all of it in the smallest frames does not hold the loop for long."""
@@ -108,8 +117,12 @@ class Connection(abc.ABC):
         else:
             await trio.lowlevel.checkpoint()
 
-    async def _wait_for_room(self) -> None:
-        while self.link.bytes_to_send > HIGH_WATER_BYTES and not self.closed.is_set():
+    async def _wait_for_room(self, stream: int = 0) -> None:
+        """Until `stream`, or something that has none yet, may queue a frame."""
+        while not self.closed.is_set():
+            limit = HIGH_WATER_BYTES if self.link.has_queued(stream) else CROWD_BYTES
+            if self.link.bytes_to_send <= limit:
+                return
             await self._room.park()
 
     def _sendable(self, stream: int, left: int) -> int:
@@ -149,12 +162,13 @@ class Connection(abc.ABC):
         try:
             while True:
                 if not self.link.bytes_to_send:
+                    self._room.unpark_all()
                     self._idle.unpark_all()
                     self._write_wanted = trio.Event()
                     await self._write_wanted.wait()
                 self._writing = True
-                data = self.link.data_to_send()
-                self._room.unpark_all()
+                data = self.link.data_to_send(WRITE_BYTES)
+                self._room.unpark(count=WOKEN)
                 await self._stream.send_all(data)
                 self._writing = False
         except (trio.BrokenResourceError, trio.ClosedResourceError) as err:

@@ -138,7 +138,7 @@ class OpenedStream:
         await self._peer._give_way()  # noqa: SLF001
         view = memoryview(data)
         while view and not self._finished.is_set():
-            await self._peer._wait_for_room()  # noqa: SLF001
+            await self._peer._wait_for_room(self.number)  # noqa: SLF001
             if self._finished.is_set():
                 break
             size = self._peer._sendable(self.number, len(view))  # noqa: SLF001

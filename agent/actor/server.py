@@ -133,7 +133,7 @@ class ServedStream:
         await self._peer._give_way()  # noqa: SLF001
         view = memoryview(data)
         while view:
-            await self._peer._wait_for_room()  # noqa: SLF001
+            await self._peer._wait_for_room(self.number)  # noqa: SLF001
             if self._peer.closed.is_set():
                 await trio.sleep_forever()  # the connection's nursery is cancelling this handler
             size = self._peer._sendable(self.number, len(view))  # noqa: SLF001

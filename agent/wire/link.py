@@ -29,6 +29,7 @@ from agent.wire.messages import (
     Reply,
     StreamFrame,
 )
+from agent.wire.sending import SendQueue
 from agent.wire.streams import StreamBook, StreamEvent, StreamRuleBroken
 
 if TYPE_CHECKING:
@@ -100,8 +101,7 @@ class Link:
         self._streams: dict[int, StreamBook] = {}
         self._last_id = 0
         self._buffer = FrameBuffer(max_frame_bytes)
-        self._out: list[bytes | bytearray] = []
-        self.bytes_to_send = 0
+        self._out = SendQueue()
         self._began = self._heard = now
         self._ping_sent: float | None = None
         self._ping_nonce = 0
@@ -221,19 +221,17 @@ class Link:
             book.spend_send(len(data))
         except StreamRuleBroken as err:
             raise LocalProtocolError(str(err)) from err
-        header = encode_data_header(stream, channel, len(data))
-        self._out += (header, data)
-        self.bytes_to_send += len(header) + len(data)
+        self._out.put(stream, encode_data_header(stream, channel, len(data)), data)
 
     def send_end(self, stream: int) -> None:
         """Opener: no more DATA from us."""
         self._apply(stream, StreamEvent.END, only=Role.OPENER)
-        self._queue(End(stream))
+        self._out.put(stream, encode(End(stream)))
 
     def cancel(self, stream: int) -> None:
         """Opener: no answer wanted any more; wait for the last frame nevertheless."""
         self._apply(stream, StreamEvent.CANCEL, only=Role.OPENER)
-        self._queue(Cancel(stream))
+        self._out.put(stream, encode(Cancel(stream)))
 
     def grant(self, stream: int, amount: int) -> None:
         """We have consumed `amount` received bytes: let the peer send that many more."""
@@ -256,7 +254,7 @@ class Link:
     def _finish(self, frame: Reply | Failure) -> None:
         if self.role is not Role.SERVER or frame.stream not in self._streams:
             raise LocalProtocolError(f"stream {frame.stream} is not ours to answer")
-        self._queue(frame)
+        self._out.put(frame.stream, encode(frame))
         del self._streams[frame.stream]
 
     def goaway(self, code: str, message: str) -> None:
@@ -265,13 +263,19 @@ class Link:
         if self.state is LinkState.READY:
             self.state = LinkState.DRAINING
 
-    def data_to_send(self) -> bytes:
-        """Take everything queued so far, to be written in one piece."""
-        data = b"".join(self._out)
-        self._out.clear()
+    @property
+    def bytes_to_send(self) -> int:
+        """Bytes queued."""
+        return self._out.bytes
+
+    def has_queued(self, stream: int) -> bool:
+        """Whether frames of the stream wait to be sent."""
+        return self._out.holds(stream)
+
+    def data_to_send(self, limit: int | None = None) -> bytes:
+        """Take what is queued, or about `limit` bytes of it, to be written in one piece; see SendQueue."""
         self._pong_unsent = False
-        self.bytes_to_send = 0
-        return data
+        return self._out.take(limit)
 
     # --- state, timers ------------------------------------------------------------------------------------------
 
@@ -338,9 +342,8 @@ class Link:
         return book
 
     def _queue(self, frame: Frame) -> None:
-        encoded = encode(frame)
-        self._out.append(encoded)
-        self.bytes_to_send += len(encoded)
+        """A frame that passes the streams' own: what is small, and an OPEN, for ids must grow."""
+        self._out.put_control(encode(frame))
 
 
 def _may_be_late(frame: StreamFrame) -> bool:
