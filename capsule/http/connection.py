@@ -8,9 +8,9 @@ reset; every answer has a request id; every request is logged and counted once.
 from __future__ import annotations
 
 import secrets
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import unquote
 
 import structlog
@@ -21,12 +21,16 @@ from capsule.errors import CapsuleError, InvalidRequest
 from capsule.http.errors import error_response, internal
 from capsule.http.operations import StreamResponse
 from capsule.http.requests import ID_FORM, ApiRequest
+from capsule.http.streams import CLIENT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, HTTPScope
     from quart_trio.wrappers import TrioResponse
 
     from capsule.http.app import Application
+    from capsule.http.streams import ClientStream
 
 DRAIN_BYTES = 256 * 1024 * 1024
 """How much of an unwanted body is thrown away after the answer was sent. A client that reads only after writing
@@ -151,9 +155,23 @@ class ApiConnection(TrioASGIHTTPConnection):
         headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in response.headers]
         await send({"type": "http.response.start", "status": self.status, "headers": headers})
         if isinstance(response, StreamResponse):
-            await self._send_stream(response, send)
+            with self._patience(response.patience):
+                await self._send_stream(response, send)
         elif data := await response.get_data(as_text=False):
             await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    @contextmanager
+    def _patience(self, seconds: float | None) -> Iterator[None]:
+        """How long the client may take for a piece of the answer, for this answer alone."""
+        client: ClientStream | None = cast("dict[str, Any]", self.scope.get("state", {})).get(CLIENT)
+        if client is None or seconds is None:
+            yield
+            return
+        client.patience = seconds
+        try:
+            yield
+        finally:
+            client.patience = None
 
     async def _send_stream(self, response: StreamResponse, send: ASGISendCallable) -> None:
         sent = 0

@@ -17,6 +17,7 @@ from capsule.http.files import BASE, FORM, ON_PATH
 from capsule.http.mounts import under_both_names
 from capsule.http.operations import Call, Operation, StreamResponse, Success, no_content
 from capsule.http.parsing import check_path
+from capsule.http.sockets.websocket import STALL_TIMEOUT
 from capsule.http.stream_uploads import receive_stream
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ async def _answer(
     call: Call[ReadStreamBody, None], chunks: AsyncIterator[bytes], size: int | None, media_type: str
 ) -> StreamResponse:
     sent = await call.request.cleanup.enter_async_context(aclosing(_sent(call, chunks)))
-    return StreamResponse(sent, size, media_type)
+    return StreamResponse(sent, size, media_type, patience=STALL_TIMEOUT)
 
 
 def _describe(response: TrioResponse, content: FileContent) -> None:

@@ -112,14 +112,18 @@ class Operation(Generic[B, Q]):
 
 class StreamResponse(TrioResponse):
     """An answer whose bytes come from an iterator, as fast as the client takes them. `size` None: chunked.
+    `patience`: seconds a client may take for each 64 KiB; None: what ordinary answers have.
 
     The iterator failing, or ending before or after `size` bytes, breaks the connection.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes], size: int | None, media_type: str) -> None:
+    def __init__(
+        self, chunks: AsyncIterator[bytes], size: int | None, media_type: str, *, patience: float | None = None
+    ) -> None:
         super().__init__(b"", 200, {"Content-Type": media_type})
         self.chunks = chunks
         self.size = size
+        self.patience = patience
         self.headers.remove("Content-Length")
         if size is not None:
             self.headers["Content-Length"] = str(size)

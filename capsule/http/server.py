@@ -27,7 +27,7 @@ from hypercorn.utils import wrap_app
 from capsule.errors import Busy
 from capsule.http.errors import error_body, error_headers
 from capsule.http.protocol import Http11
-from capsule.http.streams import ClientStream
+from capsule.http.streams import CLIENT, ClientStream
 
 if TYPE_CHECKING:
     from hypercorn.typing import AppWrapper
@@ -126,7 +126,7 @@ class _Server:
                 await _refuse(stream)
             else:
                 connection = _Connection(
-                    self._app, self._config, self._context, ConnectionState({}), cast("Any", stream)
+                    self._app, self._config, self._context, ConnectionState({CLIENT: stream}), cast("Any", stream)
                 )
                 connection.sockets = self._sockets
                 await connection

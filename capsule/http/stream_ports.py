@@ -58,15 +58,16 @@ class StreamService(Protocol):
     """Live processes and files of the principal's sandboxes. NotFound for another team's sandbox, as for none."""
 
     def exec(self, principal: Principal, sandbox: UUID, call: StreamCall) -> AbstractAsyncContextManager[ProcessStream]:
-        """Start a process. Leaving kills it, or detaches from it as `call` says. InvalidRequest, Conflict for a tag that
-        is in use, TooManyExecs, InvalidState."""
+        """Start a process. Leaving kills it, or detaches from it as `call` says. InvalidRequest, Conflict for a tag in
+        use, TooManyExecs, InvalidState."""
         ...
 
     def attach(
         self, principal: Principal, sandbox: UUID, process: int | str, *, offset: int | None, observe: bool
     ) -> AbstractAsyncContextManager[ProcessStream]:
-        """Attach to a detached one, also to one that has ended lately; leaving detaches. `offset`: output bytes that the
-        caller has had, None: replay what is kept. `observe`: look on without taking over. NotFound, InvalidRequest."""
+        """Attach to a detached one, also to one that has ended lately; leaving detaches. `offset`: output bytes that
+        the caller has had, None: replay what is kept. `observe`: look on without taking over. NotFound,
+        InvalidRequest."""
         ...
 
     def watch(

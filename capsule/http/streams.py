@@ -19,6 +19,9 @@ this a client that stops reading would keep its connection, its handler and our 
 
 WRITE_BYTES = 64 * 1024
 
+CLIENT = "capsule.client"
+"""A request's ClientStream in its scope's `state`, which is where ASGI has what belongs to the connection."""
+
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 """SO_LINGER with zero seconds: the peer sees a reset, and the kernel keeps nothing for a peer that does not read."""
 

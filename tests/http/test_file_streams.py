@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from capsule import errors
-from capsule.http import file_streams, ranges, requests, spool, uploads
+from capsule.http import file_streams, ranges, requests, spool, streams, uploads
 from capsule.http.ranges import Range
 from capsule.http.server import serve
 from capsule.model import FileContent
@@ -314,6 +314,14 @@ async def test_a_large_download_costs_no_memory(api, base, sink):
             count += len(chunk)
     assert count == 300 * MIB
     assert memory("VmHWM") - before < 30 * MIB
+
+
+async def test_a_client_may_read_a_download_in_its_own_time(api, base, sink, monkeypatch):
+    """It is not cut off as one is that does not take an ordinary answer; that holds for this answer alone."""
+    monkeypatch.setattr(streams, "WRITE_TIMEOUT", 0.2)
+    async with api.client.stream("POST", f"{base}/read", json={"path": "/a"}) as answer:
+        await trio.sleep(1)  # five times as long, with nothing taken
+        assert sum([len(chunk) async for chunk in answer.aiter_raw()]) == 300 * MIB
 
 
 async def test_a_slow_sandbox_slows_the_client(api, base, sink):
