@@ -172,13 +172,17 @@ async def _again(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[byt
 
 
 async def _events(stream: OpenedStream) -> AsyncGenerator[FileEvents]:
-    """However long nothing happens."""
-    async for channel, data in stream:
-        if channel != NOTICE_CHANNEL:
-            raise guest.nonsense()
-        seen = guest.notice(Seen, data)
-        events = tuple(
-            FileEvent(event=one.event, path=one.path, to=one.to, directory=one.directory) for one in seen.events
-        )
-        yield FileEvents(events=events, overflow=seen.overflow)
-    await stream.reply()
+    """However long nothing happens. Raises errors as they are told: a nursery of the reader's would hide a Fault in its
+    group from whoever translates it outside."""
+    try:
+        async for channel, data in stream:
+            if channel != NOTICE_CHANNEL:
+                raise guest.nonsense()
+            seen = guest.notice(Seen, data)
+            events = tuple(
+                FileEvent(event=one.event, path=one.path, to=one.to, directory=one.directory) for one in seen.events
+            )
+            yield FileEvents(events=events, overflow=seen.overflow)
+        await stream.reply()
+    except Fault as fault:
+        raise as_error(fault, not_found=errors.FileNotFound) from fault

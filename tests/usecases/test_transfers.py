@@ -241,6 +241,19 @@ async def test_a_watch_that_does_not_begin(virtual_clock, guest, watch):
     assert trio.current_time() - began == pytest.approx(transfers.WATCH_SECONDS, abs=5)
 
 
+async def test_a_watch_that_breaks_off_inside_its_readers_nursery(virtual_clock, guest, streams, world, sandbox):
+    """The iterator itself says what is wrong; around it nobody would find it in the group."""
+    paused = Fault(FaultCode.INVALID_STATE, "it was paused", details={"status": "paused"})
+    guest.says(guest.notice({}), reply=paused)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with (
+            streams.watch(world.principal, sandbox, "/d", recursive=False) as seen,
+            trio.open_nursery(),
+        ):
+            assert [events async for events in seen] == []
+    assert [type(error) for error in caught.value.exceptions] == [errors.InvalidState]
+
+
 async def test_events_that_make_no_sense(virtual_clock, guest, watch):
     """A typed error, or events whose types hold."""
     good = {"event": "create", "path": "/d/a", "directory": False}
