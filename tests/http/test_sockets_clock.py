@@ -95,12 +95,13 @@ class Client:
 
     async def closed(self, *, pongs=False):
         """Code and reason of the close frame."""
-        while True:
-            opcode, payload = await self.frame()
-            if opcode is Opcode.PING and pongs:
-                await self.pong()
-            if opcode is Opcode.CLOSE:
-                return int(payload[0]), payload[1]
+        with trio.fail_after(3600):
+            while True:
+                opcode, payload = await self.frame()
+                if opcode is Opcode.PING and pongs:
+                    await self.pong()
+                if opcode is Opcode.CLOSE:
+                    return int(payload[0]), payload[1]
 
 
 @pytest.fixture
@@ -247,6 +248,22 @@ async def test_a_client_that_does_not_read_for_long(autojump_clock, connect, wor
         await process.left.wait()
         assert 890 < trio.current_time() < 960
     assert ends(events) == [1006]
+
+
+async def test_no_message_is_left_half_sent(autojump_clock, connect, world):
+    """What ends the stream meanwhile waits: the client would take its close frame for the rest of the message."""
+    async with connect(pair=lockstep_stream_pair) as client:
+        await started(client)
+        await world.streams.processes[0].say(b"x" * 1000)
+        half = await client.stream.receive_some(500)
+        await client.text('{"type":"nonsense"}')
+        await trio.sleep(60)
+        client._frames.receive_bytes(half)
+        text = b""
+        while (found := await client.frame())[0] is Opcode.TEXT and b"error" not in text:
+            text += found[1].encode()
+        assert text.count(b"x") == 1000
+        assert (await client.closed() if found[0] is Opcode.TEXT else found[1])[0] == 4400
 
 
 async def test_only_the_last_ping_is_answered(autojump_clock, connect, world):
