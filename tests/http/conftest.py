@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import threading
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -111,6 +112,28 @@ async def api(world):
         ) as client:
             yield Api(**vars(world), client=client, port=port, shutdown=shutdown, key=fakes.KEY)
         shutdown.set()
+
+
+@pytest.fixture
+def served(world):
+    """A client of the application in a thread of its own: generated tests are synchronous."""
+    started, token, port, shutdown = threading.Event(), None, 0, None
+
+    async def main():
+        nonlocal token, port, shutdown
+        token, shutdown = trio.lowlevel.current_trio_token(), trio.Event()
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(partial(serve, world.app, ("127.0.0.1", 0), shutdown=shutdown, grace=1))
+            started.set()
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    assert started.wait(10)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": fakes.KEY}, trust_env=False) as client:
+        yield client
+    token.run_sync_soon(shutdown.set)
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 @pytest.fixture
