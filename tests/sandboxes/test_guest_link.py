@@ -107,6 +107,61 @@ async def test_cancelled_at_any_moment_it_leaves_no_descriptor():
                 await trio.sleep(0.01)
 
 
+class Mutable(trio.abc.Stream):
+    """A stream that can fall silent: what is sent arrives nowhere, nothing comes."""
+
+    def __init__(self, stream):
+        self.mute = False
+        self._stream = stream
+
+    async def send_all(self, data):
+        if self.mute:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self):
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes=None):
+        data = await self._stream.receive_some(max_bytes)
+        if self.mute:
+            await trio.sleep_forever()
+        return data
+
+    async def aclose(self):
+        await self._stream.aclose()
+
+
+@pytest.mark.parametrize("last", ["settle", "thaw"])
+async def test_a_guest_that_stands_still_is_not_given_up(autojump_clock, last):
+    """From `settle` to `thaw` its silence says nothing, and its streams live on; afterwards it does."""
+    near, far = trio.testing.memory_stream_pair()
+    road = Mutable(near)
+
+    async def connect():
+        if len(script.times) > 1:
+            await trio.sleep_forever()
+        return road
+
+    script = Script(connect)
+    link = GuestLink("10.11.0.1", connect=script)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ServerPeer(far, answer).run)
+        nursery.start_soon(link.run)
+        async with link.open_stream("hang", {}) as stream:
+            for method in ("settle", last):
+                await link.call(method, {}, timeout=5)
+            road.mute = True
+            outcome = None
+            with trio.move_on_after(300):
+                with pytest.raises(Fault):
+                    await stream.reply()
+                outcome = "lost"
+            assert outcome == ("lost" if last == "thaw" else None)
+        nursery.cancel_scope.cancel()
+
+
 class Script:
     """A `connect` that does what it is told, and counts."""
 

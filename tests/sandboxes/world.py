@@ -190,6 +190,7 @@ class Agent:
         self.host = host
         self.killed = False
         self.finished = False
+        self.servers = []
         self.outbox = Outbox(host.state.root / "outbox.json")
         self.outbox.load()
         self.slots = SlotPool(host.slots, count=host.slot_count, ahead=host.slots_ahead)
@@ -255,6 +256,7 @@ class Agent:
         """The control plane's end of a connection to this agent."""
         near, far = trio.testing.memory_stream_pair()
         opener, server = OpenerPeer(near), ServerPeer(far, self.handlers)
+        self.servers.append(server)
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as starting:
                 starting.start_soon(partial(nursery.start, opener.run))
