@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -51,18 +52,19 @@ def type_in(client, stream, text):
 def session(pid):
     """Every process of a session that is no zombie."""
     found = set()
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with suppress(FileNotFoundError, ProcessLookupError), open(f"/proc/{name}/stat") as file:  # noqa: PTH123
-                fields = file.read().rpartition(")")[2].split()
-                if int(fields[3]) == pid and fields[0] != "Z":
-                    found.add(int(name))
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == pid and fields[0] != "Z":
+                found.add(int(path.parent.name))
     return found
 
 
 def test_a_program_finds_a_terminal(client):
     """On all three descriptors, as its controlling one, of the size asked for; TERM is set; it leads its session."""
-    script = "tty; stty size; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo three; echo $TERM; echo hi > /dev/tty; echo $$ >&2"
+    script = (
+        "tty; stty size; [ -t 0 ] && [ -t 1 ] && [ -t 2 ] && echo three; echo $TERM; echo hi > /dev/tty; echo $$ >&2"
+    )
     outcome = client.call("exec", {"cmd": script, "pty": SIZE})
     lines = outcome.stdout.split(b"\r\n")
     pid = outcome.notices[0]["pid"]
@@ -94,7 +96,9 @@ def test_without_a_command_it_is_the_login_shell(client):
 
 def test_the_terminal_belongs_to_the_user(client):
     """Its programs open it by name."""
-    outcome = client.call("exec", {"cmd": 'echo mine > "$(tty)"; stat -c %U:%a "$(tty)"', "user": "nobody", "pty": SIZE})
+    outcome = client.call(
+        "exec", {"cmd": 'echo mine > "$(tty)"; stat -c %U:%a "$(tty)"', "user": "nobody", "pty": SIZE}
+    )
     assert outcome.stdout.splitlines() == [b"mine", b"nobody:600"] or b"nobody:620" in outcome.stdout
 
 

@@ -100,6 +100,15 @@ class Fuzz:
             body["path"] = f"{self.root}/{rng.choice('abc')}" + rng.choice(["", "/d", "/d/e", "/.", "//f"])
         if rng.random() < 0.9:
             body["cmd"] = rng.choice(["true", "echo hello", "cat", "head -c 100000 /dev/zero", "exec 1>&-; cat"])
+        body |= self.lasting()
+        if rng.random() < 0.5:
+            body["stdin"] = rng.random() < 0.7
+        return body
+
+    def lasting(self):
+        """What makes a process outlive its stream, and names one."""
+        rng = self.rng
+        body = {}
         if rng.random() < 0.2:
             body["pty"] = rng.choice([{"cols": 80, "rows": 24}, {"cols": 80, "rows": 24}, {"cols": 0}, self.value()])
             body["user"] = "nobody"  # noise is typed into it: not as root, and nobody's login shell is none
@@ -110,8 +119,6 @@ class Fuzz:
         if rng.random() < 0.3:
             body["process"] = rng.choice("abc")
             body["offset"] = rng.choice([0, 0, 1, 5, 100, 2**40])
-        if rng.random() < 0.5:
-            body["stdin"] = rng.random() < 0.7
         return body
 
     def conversation(self):

@@ -1,6 +1,6 @@
 /* Connections of openers: bytes in, frames out.
  *
- * Owns: the listening socket, every accepted socket and its buffers.   Owned by: the main loop.
+ * Owns: every accepted socket and its buffers.   Owned by: the main loop.
  * Dies when: the opener closes, breaks the protocol, or says no HELLO in time; its jobs are killed with it.
  */
 #ifndef CAPSULE_CONNECTION_H
@@ -27,8 +27,10 @@ struct Connection {
     bool broken; /* closed by the next connections_settle */
 };
 
-/* Listen on `address`; only peers with `peer` (network order) are accepted. Returns the port or 0 (errno is set). */
+/* listener.c: listen on `address`; only peers with `peer` (network order) are accepted. Returns the port or 0 (errno is set). */
 uint16_t connections_listen(struct in_addr address, uint16_t port, struct in_addr peer);
+/* An accepted socket; closed at once when there are too many. */
+void connection_add(int fd);
 /* Send what is queued, decode what had to wait, close what is broken. True when another turn is due at once. */
 bool connections_settle(void);
 uint64_t connections_deadline(void);

@@ -158,6 +158,11 @@ void job_limit_output(struct Job *job);
 /* Whether it was. */
 bool job_output_done(const struct Job *job);
 
+/* job_advance.c: deadlines, and the last frame once the work is done. */
+void job_advance(struct Job *job, uint64_t now);
+/* When it is to be called again. */
+uint64_t job_deadline(const struct Job *job);
+
 /* job.c: the last frame of the job's stream; afterwards nobody waits for it. */
 void job_fault(struct Job *job, const char *code, const char *message);
 void job_reply(struct Job *job, const struct Bytes *body);
