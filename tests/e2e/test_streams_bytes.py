@@ -13,11 +13,11 @@ STEPS = int(os.environ.get("CAPSULE_STREAM_STEPS", "3000"))
 CHARACTERS = "€", "世", "\uffff", "é", "😀"
 SPLITTER = """
 import os, sys, time
-text = sys.argv[1].encode()
-for at in range(len(text) + 1):
-    for piece in (text[:at], text[at:]):
-        os.write(1, piece)
-        time.sleep(0.004)
+for text in map(os.fsencode, sys.argv[1:]):
+    for at in range(len(text) + 1):
+        for piece in (text[:at], text[at:]):
+            os.write(1, piece)
+            time.sleep(0.004)
 """
 ECHO = """
 import os, sys, tty
@@ -36,13 +36,12 @@ os.read(0, 1)
 async def test_a_character_may_be_cut_anywhere(create, connect):
     """Written by the process in two pieces, cut at every position: the JSON framing shows whole characters only."""
     sandbox = create()
-    for character in CHARACTERS:
-        text = f"a{character}b{character}"
-        async with connect.exec(sandbox, "python3", args=["-c", SPLITTER, text], framing="json") as (console, _):
-            pieces = [piece.decode() async for _, piece in console.pieces()]  # none has half a character
-        assert "".join(pieces) == text * (len(text.encode()) + 1)
-        assert len(pieces) > len(text)
-        assert (console.exit["exit_code"], console.closed) == (0, (1000, ""))
+    texts = [f"a{character}b{character}" for character in CHARACTERS]
+    async with connect.exec(sandbox, "python3", args=["-c", SPLITTER, *texts], framing="json") as (console, _):
+        pieces = [piece.decode() async for _, piece in console.pieces()]  # none has half a character
+    assert "".join(pieces) == "".join(text * (len(text.encode()) + 1) for text in texts)
+    assert len(pieces) > len("".join(texts))
+    assert (console.exit["exit_code"], console.closed) == (0, (1000, ""))
 
 
 async def test_input_may_be_cut_anywhere(create, connect):
