@@ -7,6 +7,7 @@ A stream's own frames stay in order.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -62,7 +63,7 @@ class SendQueue:
         """The next frames as one piece: all control frames, then streams' until there are `limit` bytes."""
         out = self._control
         size = sum(map(len, out))
-        most = self.bytes if limit is None else limit
+        most = math.inf if limit is None else limit
         while size < most and (flow := self._next()) is not None:
             frame, payload = flow.parts.popleft()
             length = len(frame) + len(payload)
