@@ -33,7 +33,9 @@ def pids(client):
 
 def test_while_attached_it_is_like_any_exec(client):
     """Both channels, stdin with END, exit code, duration."""
-    outcome = client.upload({"cmd": "cat; echo err >&2; exit 3", "stdin": True, "detach": True}, b"in" * 99, method="exec")
+    outcome = client.upload(
+        {"cmd": "cat; echo err >&2; exit 3", "stdin": True, "detach": True}, b"in" * 99, method="exec"
+    )
     assert (outcome.stdout, outcome.stderr) == (b"in" * 99, b"err\n")
     assert outcome.notices == [{"pid": outcome.notices[0]["pid"]}]
     assert outcome.reply.pop("duration_ms") >= 0
@@ -61,7 +63,7 @@ def test_it_outlives_its_stream(guest, client, extra, how):
     assert notice == {"pid": pid, "tag": "t", "pty": "pty" in extra, "offset": 0, "skipped": 0}
     client.send(Data(stream, 0, b"two\n"))
     outcome = client.finish(stream)
-    assert outcome.stdout.replace(b"\r", b"").replace(b"two\n", b"", "pty" in extra) .endswith(b"got one\ngot two\n")
+    assert outcome.stdout.replace(b"\r", b"").replace(b"two\n", b"", "pty" in extra).endswith(b"got one\ngot two\n")
     assert outcome.reply["exit_code"] == 0
 
 

@@ -121,7 +121,7 @@ def test_control_characters_are_signals(client):
     type_in(client, stream, b"echo begin; cat\n")
     read_until(client, stream, b"begin\r\n")
     type_in(client, stream, b"hello\n")
-    read_until(client, stream, b"hello\r\n")
+    read_until(client, stream, b"hello\r\nhello\r\n")
     type_in(client, stream, b"\x03")
     read_until(client, stream, b"$ ")
     type_in(client, stream, b"echo code=$?\n")

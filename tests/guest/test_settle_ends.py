@@ -105,8 +105,8 @@ def test_without_a_reply_nothing_stays_frozen(client, guest, group, until):
 
 
 def test_it_works_while_the_disk_holds_every_worker(client, group, guest):
-    """64 operations that wait for the disk are the limit for users, and none for the host."""
-    waiting = [client.open("sync") for _ in range(64)]
+    """320 operations that wait for the disk are the limit for users, and none for the host."""
+    waiting = [client.open("sync") for _ in range(320)]
     assert client.call("sync").fault == "busy"
     assert client.call("settle", {"timeout_ms": 2000}).reply["frozen"] is True
     assert client.call("configure", {}).reply == {}

@@ -6,7 +6,10 @@
 
 #include "job.h"
 
-static inline bool process_is_alive(const struct Job *job) { return job->process != NULL && !job->reaped; }
+/* (One whose start has failed is none, even while its child is on its way out.) */
+static inline bool process_is_alive(const struct Job *job) {
+    return job->process != NULL && !job->reaped && !(job->forgotten && job->process->user == NULL);
+}
 /* Of those that run; NULL when there is none. */
 struct Job *process_with_tag(struct Slice tag);
 
