@@ -23,6 +23,10 @@ CONSOLE = "console"
 TRANSLATION_CACHE_MB = 32
 """Code cache of TCG. The default of 1 GiB lets a busy guest cost its host hundreds of MiB; below 16 it thrashes."""
 
+TCG_CPU = "max,-erms"
+"""All that TCG can do but "enhanced rep movsb": a guest's kernel that sees it copies and clears memory by that one
+instruction, which TCG executes a byte at a time."""
+
 DISK_NODE = "disk-0"
 """The block node the guest's disk starts with; a pivot puts the next number on top. The file below a node has the
 node's name with FILE_SUFFIX."""
@@ -43,7 +47,7 @@ class Accelerator:
         return "kvm" if self.kind == "kvm" else f"tcg,tb-size={TRANSLATION_CACHE_MB}"
 
     def cpu(self) -> str:
-        return "host" if self.kind == "kvm" else "max"
+        return "host" if self.kind == "kvm" else TCG_CPU
 
     def kernel_arguments(self) -> tuple[str, ...]:
         if self.tsc_khz is None:

@@ -46,6 +46,12 @@ def test_without_kvm_the_guest_is_told_its_clock():
     assert append.endswith(" init=/x quiet")
 
 
+def test_an_emulated_guest_does_not_copy_memory_a_byte_at_a_time():
+    """A kernel that is told of fast `rep movsb` uses it for everything; emulated it is the slowest way there is."""
+    (cpu,) = values(command(), "-cpu")
+    assert "-erms" in cpu.split(",")
+
+
 def test_with_kvm_the_guest_has_its_own_clock():
     """kvm-clock is better than any number of ours."""
     (append,) = values(command(accelerator=Accelerator("kvm")), "-append")
