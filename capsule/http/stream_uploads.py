@@ -45,7 +45,7 @@ async def receive_stream(request: ApiRequest, spool: Spool) -> AsyncIterator[Str
     lead, ended = await _until_file(request.body, form)
     if ended:
         form.finish()
-    if form.has("path"):
+    if form.leads("path"):  # one that came behind the file, in the same piece of the body, may be half of it
         path, archive = form.path, _is_archive(form)
         async with aclosing(_pieces(request.body, form, lead, rate=SLOW_BYTES_PER_SECOND, archive=archive)) as chunks:
             yield StreamUpload(path=path, archive=archive, size=None, chunks=chunks)

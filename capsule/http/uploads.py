@@ -113,6 +113,11 @@ class Form:
         """Whether that part has begun."""
         return name in self._values
 
+    def leads(self, name: str) -> bool:
+        """Whether that part came before the file, and all of it is here."""
+        order = list(self._values)
+        return name in order and "file" in order and order.index(name) < order.index("file")
+
     def value(self, name: str) -> bytes:
         """A small part's content so far; empty for one that did not come."""
         return bytes(self._values.get(name, b""))

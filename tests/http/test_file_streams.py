@@ -132,6 +132,23 @@ def test_any_split(served, world):
     check()
 
 
+@pytest.mark.parametrize("order", [(FILE, part(b"path", b"/a/bc"), TAR), (FILE, TAR, part(b"path", b"/a/bc"))])
+async def test_the_network_cuts_behind_a_small_file(api, write, order):
+    """Half a path, with a file before it in the same piece, is not where the file goes; nor is half of `format` one."""
+    body = b"".join(order) + END
+    for at in range(len(FILE), len(body)):
+
+        async def two(at=at):
+            yield body[:at]
+            await trio.sleep(0.002)
+            yield body[at:]
+
+        answer = await write(two())
+        assert answer.status_code == 204, (at, answer.text)
+        assert api.streams.archives == {"/a/bc": b"content"}, at
+        assert not api.sandboxes.files
+
+
 @pytest.mark.parametrize("order", [(PATH, FILE), (FILE, PATH)])
 async def test_cut_at_any_byte(api, write, order):
     """Every beginning of the form is refused, and the old file stays: the source must fail before its end."""
