@@ -69,8 +69,9 @@ async def _act(process, kept):
         await process.say(b"compiling\n" if process.call.detach else b"$ ls\n")
 
 
-def test_the_examples_type_check(tmp_path):
-    """As a user's own code would: mypy --strict."""
+def test_the_examples_type_check(tmp_path, monkeypatch):
+    """As a user's own code would, in a directory of its own: mypy --strict; the package says that it is typed."""
+    monkeypatch.chdir(tmp_path)
     for number, (_, code) in enumerate(BLOCKS):
         (tmp_path / f"example_{number}.py").write_text(code)
     said, problems, status = api.run(["--strict", "--no-error-summary", str(tmp_path)])
