@@ -259,7 +259,8 @@ class FakeSandboxes(Faulty):
 
 
 class FakeProcess:
-    """A process that a test plays: `say` makes it print, `finish` ends it. `reads` unset: it does not read."""
+    """A process that a test plays: `say` makes it print, `finish` ends it. `reads` unset: it does not read.
+    `control_delay`: seconds until a signal is delivered; `asked`: one is under way."""
 
     def __init__(self, call=None, *, pid=42, tag="p42", terminal=False, offset=0, skipped=0):
         self.call = call
@@ -267,6 +268,8 @@ class FakeProcess:
         self.received = bytearray()
         self.input_ended = False
         self.signals = []
+        self.asked = False
+        self.control_delay = 0.0
         self.sizes = []
         self.left = trio.Event()
         self.reads = trio.Event()
@@ -309,7 +312,8 @@ class FakeProcess:
         return self.result
 
     async def signal(self, number):
-        await trio.lowlevel.checkpoint()
+        self.asked = True
+        await trio.sleep(self.control_delay)
         self.signals.append(number)
         if number == 9:
             self.finish(exit_code=137, signal=9)

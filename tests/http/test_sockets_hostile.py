@@ -11,6 +11,8 @@ import pytest
 import trio
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
+from capsule.http.sockets import following
+
 HEAD = (
     "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
     "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n{more}\r\n"
@@ -112,6 +114,44 @@ HOSTILE = {
     ),
     "no such signal": (frame(TEXT, b'{"type":"signal","signal":"SIGNOPE"}'), 4400),
 }
+
+
+@pytest.mark.parametrize("ending", ["close", "hang up"])
+@pytest.mark.parametrize(
+    ("route", "message"), [("pty", b'{"type":"kill"}'), ("exec/stream", b'{"type":"signal","signal":"SIGKILL"}')]
+)
+async def test_a_signal_before_the_end_is_delivered(sockets, route, message, ending):
+    """Said and closed in one breath. The guest needs a while to take it."""
+    async with connected(sockets, route) as raw:
+        await raw.send(START)
+        with trio.fail_after(10):
+            await sockets.streams.started.wait()
+        [process] = sockets.streams.processes
+        process.control_delay = 0.05
+        await raw.send(frame(TEXT, message) + (frame(CLOSE, struct.pack("!H", 1000)) if ending == "close" else b""))
+        if ending == "hang up":
+            await sockets.until(lambda: process.asked)
+        else:
+            assert await raw.closed() == 1000
+    await sockets.until(lambda: process.signals == [9])
+    await serves(sockets)
+
+
+async def test_a_signal_that_does_not_arrive_holds_nobody(sockets, monkeypatch):
+    """A guest that stands still: the client leaves, and a while later so do we."""
+    monkeypatch.setattr(following, "LAST_WORD", 0.2)
+    async with connected(sockets) as raw:
+        await raw.send(START)
+        with trio.fail_after(10):
+            await sockets.streams.started.wait()
+        [process] = sockets.streams.processes
+        process.control_delay = 1000
+        await raw.send(frame(TEXT, b'{"type":"stop"}'))
+        await sockets.until(lambda: process.asked)
+    with trio.fail_after(5):
+        await process.left.wait()
+    assert not process.signals
+    await serves(sockets)
 
 
 @pytest.mark.parametrize("name", HOSTILE)

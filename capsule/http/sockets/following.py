@@ -24,6 +24,9 @@ from capsule.model import TerminalSize
 START_TIMEOUT = 30.0
 """Seconds for the message that says what is wanted."""
 
+LAST_WORD = 5.0
+"""Seconds that a signal under way has when its client leaves: who says `kill` and closes means it."""
+
 F = TypeVar("F")
 
 
@@ -88,12 +91,29 @@ async def _act(said: Any, process: ProcessStream, inputs: InputQueue) -> None:
         case CloseStdin():
             inputs.end()
         case Signal():
-            await process.signal(said.number())
+            await _deliver(process, said.number())
         case Stop() | Kill():
-            await process.signal(signal.SIGKILL)
+            await _deliver(process, signal.SIGKILL)
         case Resize():
             if not process.terminal:
                 raise InvalidRequest("This process has no terminal to resize.", field="type")
             await process.resize(TerminalSize(said.cols, said.rows))
         case _:
             raise InvalidRequest("This message comes first, and once.", field="type")
+
+
+async def _deliver(process: ProcessStream, number: int) -> None:
+    """A signal; when the client is gone before it has arrived, LAST_WORD seconds are left for that."""
+    delivering = trio.CancelScope(shield=True)
+
+    async def until_the_client_leaves() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            delivering.deadline = trio.current_time() + LAST_WORD
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(until_the_client_leaves)
+        with delivering:
+            await process.signal(number)
+        nursery.cancel_scope.cancel()
