@@ -6,11 +6,10 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import msgspec
 from msgspec import Struct
 
 from capsule.client.answers import ProcessInfo
-from capsule.client.transport import Transport, given, segment
+from capsule.client.transport import Transport, decode, given, segment
 
 PAGE = 200
 
@@ -45,7 +44,7 @@ async def pages(transport: Transport, item: type[Struct], path: str, params: Map
     while True:
         sent = {**params, "limit": PAGE, **given(cursor=cursor)}
         response = await transport.send("GET", path, params=sent, again=True)
-        for one in msgspec.json.decode(response.content, type=list[item]):  # type: ignore[valid-type]
+        for one in decode(response.content, list[item]):  # type: ignore[valid-type]
             yield one
         following = response.links.get("next", {}).get("url", "")
         cursor = next(iter(parse_qs(urlsplit(following).query).get("cursor", [])), None)  # never its host

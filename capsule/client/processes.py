@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-import msgspec
+from msgspec import Struct
 
 from capsule.client.answers import Chunk, ExitStatus
 from capsule.client.errors import CapsuleError
-from capsule.client.sockets import PIECE, Socket, open_socket
+from capsule.client.sockets import PIECE, Socket, converted, open_socket
 from capsule.client.transport import Transport, given, segment
 
 STDIN = b"\x00"
@@ -31,11 +31,12 @@ class LiveProcess:
         self._transport = transport
         self._sandbox = sandbox
         self._socket = socket
-        self.pid: int = start["pid"]
-        self.tag: str | None = start.get("tag")
-        self.terminal: bool = start.get("pty", False)
-        self.received: int = start.get("offset", 0)
-        self.skipped: int = start.get("skipped", 0)
+        said = converted(start, _Start)
+        self.pid = said.pid
+        self.tag = said.tag
+        self.terminal = said.pty
+        self.received = said.offset
+        self.skipped = said.skipped
         self.exit: ExitStatus | None = None
 
     def __repr__(self) -> str:
@@ -97,12 +98,20 @@ class LiveProcess:
         if isinstance(message, bytes):
             return Chunk("stderr" if message[:1] == b"\x02" else "stdout", message[1:])
         if message["type"] == "exit":
-            self.exit = msgspec.convert(message, ExitStatus)
+            self.exit = converted(message, ExitStatus)
         return None
 
     async def _signal_aside(self, signal: str | int) -> None:
         path = f"{self._sandbox}/processes/{self.pid}"
         await self._transport.send("DELETE", path, params={"signal": str(signal)})
+
+
+class _Start(Struct):
+    pid: int
+    tag: str | None = None
+    pty: bool = False
+    offset: int = 0
+    skipped: int = 0
 
 
 @asynccontextmanager

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal
 
-import msgspec
 from msgspec import Struct
 
 from capsule.client import processes, terminals
@@ -22,6 +21,7 @@ from capsule.client.errors import CommandFailed, output_bytes
 from capsule.client.files import TrioFiles
 from capsule.client.listing import TrioProcesses, pages
 from capsule.client.processes import LiveProcess
+from capsule.client.sockets import converted
 from capsule.client.terminals import Terminal
 from capsule.client.transport import LONG_TIMEOUT, Transport, given, segment
 
@@ -285,8 +285,8 @@ class _Forked(Struct):
 
 def _child(transport: Transport, item: dict[str, Any]) -> TrioSandbox | ForkFailure:
     if "error" in item:
-        return msgspec.convert(item["error"], ForkFailure)
-    return TrioSandbox(transport, msgspec.convert(item, SandboxInfo))
+        return converted(item["error"], ForkFailure)
+    return TrioSandbox(transport, converted(item, SandboxInfo))
 
 
 def _text(stdin: str | bytes | None) -> str | None:

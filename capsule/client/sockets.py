@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlencode, urlsplit
 
 import msgspec
@@ -30,6 +30,8 @@ SILENCE = 95.0
 
 RECEIVE_BUFFER = 64 * 1024
 _BEYOND_HTTP = 4000
+
+T = TypeVar("T")
 
 
 class Socket:
@@ -124,6 +126,14 @@ class Socket:
         if code is None and closing.code >= _BEYOND_HTTP and ": " in reason:
             code = reason.partition(":")[0]
         return StreamClosed(closing.code, reason, code)
+
+
+def converted(message: Any, kind: type[T]) -> T:
+    """A message as what it should be. CapsuleError for one that is not."""
+    try:
+        return msgspec.convert(message, kind)
+    except msgspec.ValidationError as exc:
+        raise CapsuleError(f"the server sent a message that this version does not understand: {exc}") from exc
 
 
 class WatchedStream(trio.abc.Stream):

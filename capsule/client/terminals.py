@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Self
 
-import msgspec
 import trio
+from msgspec import Struct
 
 from capsule.client.answers import ExitStatus, Reconnection
-from capsule.client.errors import CapsuleError, ConnectionLost, StreamClosed, Unavailable
+from capsule.client.errors import ApiError, CapsuleError, Conflict, ConnectionLost, NotFound, StreamClosed
 from capsule.client.nurseries import background
-from capsule.client.sockets import PIECE, Socket, open_socket
+from capsule.client.sockets import PIECE, Socket, converted, open_socket
 from capsule.client.transport import Transport, backoff, given
 
 ATTEMPTS = 12
 """Reconnections in a row that fail; with their pauses about a minute, without the time that each of them takes."""
 
-PASSING = frozenset({1001, 1011, 1012, 1013, 4503})
+OPENING_ATTEMPTS = 4
+"""To open one, also without `reconnect`."""
+
+PASSING = frozenset({1001, 1011, 1012, 1013, 4502, 4503, 4504})
 """Closes that say: the server or the sandbox's host goes away for now."""
 
+PASSING_STATUSES = frozenset({502, 503, 504})
+"""The same before the upgrade; 502 and 504 are a proxy's, whose server starts anew."""
 
 Tell = Callable[[Reconnection], None]
 
@@ -30,6 +36,10 @@ class Terminal:
 
     One task reads, any task may send. While nobody reads, nothing is fetched, and the program waits. With `reconnect`,
     input that was on its way when the connection was lost may be lost, but comes never twice.
+
+    One that was started without a tag gets one of our own making, which no other has: when the connection is lost
+    before the server answers, it is asked for by that, and started anew if it is not there: no shell is left behind
+    that nobody knows.
 
     `tag`, `pid`: its names. `received`: bytes of output, from its beginning, that you have had; give it to
     `terminal_attach` as `offset`. `skipped`: bytes that you asked for and that were kept no more. `exit`: how it ended.
@@ -41,6 +51,11 @@ class Terminal:
         self._transport = transport
         self._path = f"{sandbox}/pty"
         self._first = dict(first)
+        self._own = first["type"] == "start" and "tag" not in first
+        if self._own:
+            self._first["tag"] = f"pty-{secrets.token_hex(4)}"
+        self._start = self._first
+        self._asked = False
         self._reconnect = reconnect
         self._tell = tell
         self._socket: Socket | None = None
@@ -135,9 +150,9 @@ class Terminal:
                         failures = 0
                         await self._pump(socket)
                     break
-                except (ConnectionLost, StreamClosed, Unavailable) as exc:
+                except (ConnectionLost, StreamClosed, ApiError) as exc:
                     failures += 1
-                    if not self.tag or not self._worth_another(exc, failures):
+                    if not (self._worth_another(exc, failures) if self.tag else self._opens_yet(exc, failures)):
                         raise
                 await trio.sleep(backoff(failures))
             self._over = StreamClosed(1000, "the program in the terminal has ended")
@@ -152,20 +167,20 @@ class Terminal:
 
     async def _begin(self, socket: Socket, failures: int, started: Callable[[], None]) -> None:
         """Start, or connect; `failures` came before this."""
+        self._asked = True
         await socket.send_json(self._first)
-        said = await socket.expect("started")
-        offset, skipped = said.get("offset", 0), said.get("skipped", 0)
-        self.pid = said.get("pid", 0)
-        self.skipped += skipped
+        said = converted(await socket.expect("started"), _Started)
+        self.pid = said.pid
+        self.skipped += said.skipped
         if not self.tag:
-            self._arrived = self.received = offset
-            self.tag = said["tag"]
+            self._arrived = self.received = said.offset
+            self.tag = said.tag
             started()
         else:
-            self.received += offset - self._arrived
-            self._arrived = offset
+            self.received += said.offset - self._arrived
+            self._arrived = said.offset
             if self._tell is not None:
-                self._tell(Reconnection(attempts=failures, skipped=skipped))
+                self._tell(Reconnection(attempts=failures, skipped=said.skipped))
         self._socket = socket
         self._connected.set()
 
@@ -178,7 +193,7 @@ class Terminal:
                     self._arrived += len(message)
                     await self._write.send(message)
                 elif message["type"] == "exit":
-                    self.exit = msgspec.convert(message, ExitStatus)
+                    self.exit = converted(message, ExitStatus)
         finally:
             self._gone(socket)
             self._first = {"type": "connect", **given(tag=self.tag, offset=self._arrived), **self._size()}
@@ -187,8 +202,32 @@ class Terminal:
         return {name: self._first[name] for name in ("cols", "rows") if name in self._first}
 
     def _worth_another(self, exc: CapsuleError, failures: int) -> bool:
-        passing = not isinstance(exc, StreamClosed) or exc.code in PASSING
-        return self._reconnect and passing and failures < ATTEMPTS
+        return self._reconnect and _passes(exc) and failures < ATTEMPTS
+
+    def _opens_yet(self, exc: CapsuleError, failures: int) -> bool:
+        """Whether to go on after a failure before it has begun: by connecting, if it may run, or starting it again."""
+        if not self._own or not self._asked or failures >= (ATTEMPTS if self._reconnect else OPENING_ATTEMPTS):
+            return False
+        connecting = self._first is not self._start
+        there = not connecting and failures > 1 and type(exc) is Conflict  # the first start got through after all
+        if there or _passes(exc):
+            self._first = {"type": "connect", "tag": self._start["tag"], "offset": 0, **self._size()}
+            return True
+        self._first = self._start
+        return connecting and isinstance(exc, NotFound)
+
+
+class _Started(Struct):
+    tag: str
+    pid: int = 0
+    offset: int = 0
+    skipped: int = 0
+
+
+def _passes(exc: CapsuleError) -> bool:
+    if isinstance(exc, ApiError):
+        return exc.status in PASSING_STATUSES
+    return not isinstance(exc, StreamClosed) or exc.code in PASSING
 
 
 @asynccontextmanager

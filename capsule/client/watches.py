@@ -6,11 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Self
 
-import msgspec
-
 from capsule.client.answers import FileEvent
 from capsule.client.errors import StreamClosed
-from capsule.client.sockets import Socket, open_socket
+from capsule.client.sockets import Socket, converted, open_socket
 from capsule.client.transport import Transport
 
 NORMAL = 1000
@@ -37,7 +35,7 @@ class Watch:
                 raise StopAsyncIteration from None
             match message:
                 case {"type": "event"}:
-                    return msgspec.convert(message, FileEvent)
+                    return converted(message, FileEvent)
                 case {"type": "overflow"}:
                     return FileEvent(event="overflow", path=self._path)
 
