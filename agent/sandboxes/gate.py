@@ -75,6 +75,11 @@ class Gate:
         """Whether a call of any kind runs or waits."""
         return any(turns.busy() for turns in self._turns.values())
 
+    def held(self, lane: Lane) -> int:
+        """Calls that run or wait in a lane."""
+        figures = self._turns[lane].limiter.statistics()
+        return figures.borrowed_tokens + figures.tasks_waiting
+
     def statistics(self, lane: Lane = Lane.SHORT) -> trio.CapacityLimiterStatistics:
         """Calls running and waiting."""
         return self._turns[lane].limiter.statistics()
@@ -103,17 +108,18 @@ class _Turns:
 
 
 class Room:
-    """One per host: how many calls into all of its guests run and wait. One sandbox may fill its own gate, all of them
-    together no lane but their own."""
+    """One per host: how many calls into all of its guests run and wait. No lane takes another's places, and in a lane
+    nobody takes the last ones: a sandbox gets one more while it holds fewer than are left (Choudhury and Hahne 1998,
+    "dynamic queue length thresholds"). Four that take all they can hold a fifth each and leave one to who comes."""
 
     def __init__(self) -> None:
         places = {Lane.LIVE: LIVE_ROOM, Lane.STEERING: STEERING_ROOM}
         self._left = {Lane.SHORT: ROOM - sum(places.values()), **places}
 
     @asynccontextmanager
-    async def enter(self, lane: Lane) -> AsyncIterator[None]:
-        """Hold a place. Fault `busy`."""
-        if self._left[lane] < 1:
+    async def enter(self, lane: Lane, held: int) -> AsyncIterator[None]:
+        """Hold a place, for a sandbox that holds so many. Fault `busy`."""
+        if self._left[lane] <= held:
             raise Fault(FaultCode.BUSY, "this host has too many calls under way; try again in a moment", retryable=True)
         self._left[lane] -= 1
         try:

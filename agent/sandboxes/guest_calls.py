@@ -51,7 +51,7 @@ class GuestCalls:
         question = {key: value for key, value in body.items() if key not in {"sandbox_id", "live"}}
         lane = lane_of(method, live=asked.live)
         sandbox.guest()
-        async with self._room.enter(lane), sandbox.gate.enter(lane):
+        async with self._room.enter(lane, sandbox.gate.held(lane)), sandbox.gate.enter(lane):
             guest = sandbox.guest()
             timeout = served.deadline - trio.current_time()
             try:

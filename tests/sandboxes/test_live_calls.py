@@ -142,7 +142,7 @@ def test_the_lanes_of_a_gate(steps):
 
 async def test_all_sandboxes_together_leave_room_for_the_rest(host, processes, autojump_clock, monkeypatch):
     """As many streams as a host takes: the next is told `busy`, creates and signals go on."""
-    monkeypatch.setattr(gate, "LIVE_ROOM", 3)
+    monkeypatch.setattr(gate, "LIVE_ROOM", 6)
     async with host.agent() as agent, agent.connection() as control_plane, AsyncExitStack() as streams:
         await agent.create(ONE)
         for _ in range(3):
@@ -153,6 +153,21 @@ async def test_all_sandboxes_together_leave_room_for_the_rest(host, processes, a
         await ask(control_plane, "exec", cmd="true")
         await ask(control_plane, "processes.list")
         await agent.create(sandbox_id(2))
+
+
+async def test_one_sandbox_leaves_places_to_the_next(host, processes, autojump_clock, monkeypatch):
+    """However many streams one tenant opens, in however many sandboxes, another one's console opens."""
+    monkeypatch.setattr(gate, "LIVE_ROOM", 16)
+    async with host.agent() as agent, agent.connection() as control_plane, AsyncExitStack() as streams:
+        for greedy, share in ((ONE, 8), (sandbox_id(2), 4), (sandbox_id(3), 2)):
+            await agent.create(greedy)
+            for _ in range(share):
+                await streams.enter_async_context(live(control_plane, sandbox_id=greedy, cmd="cat", stdin=True))
+            with pytest.raises(Fault) as caught:
+                await ask(control_plane, "exec", sandbox_id=greedy, cmd="cat", live=True)
+            assert caught.value.code == FaultCode.BUSY
+        await agent.create(sandbox_id(4))
+        await streams.enter_async_context(live(control_plane, sandbox_id=sandbox_id(4), cmd="cat", stdin=True))
 
 
 async def test_an_open_stream_keeps_a_sandbox_awake(host, processes, autojump_clock):
