@@ -52,8 +52,8 @@ class FakeProcess:
         self.tag: str = body.get("tag", "")
         self.pty = pty is not None
         self.size: tuple[int, int] | None = (pty["cols"], pty["rows"]) if pty else None
-        self.detached = bool(body.get("detach")) or self.pty
-        self.background = bool(body.get("background")) or self.detached
+        self.detached = bool(body.get("detach") or body.get("background")) or self.pty
+        self.background = self.detached
         self.started_ns = time.time_ns()
         self.reply: Body | None = None
         self.ended_at = 0.0

@@ -295,8 +295,19 @@ async def test_a_time_out_ends_a_detached_one(connect):
             assert (reply["exit_code"], reply["timed_out"]) == (137, True)
 
 
+async def test_a_background_process_is_attached_to_later(connect):
+    """Nobody was there when it began; its output and its end are."""
+    async with connect() as guest:
+        name = tag()
+        started = await call(guest, "exec", cmd=BOTH, background=True, tag=name)
+        async with running(guest, "processes.attach", process=name) as (stream, said):
+            assert (said["pid"], said["offset"], said["skipped"], said["pty"]) == (started["pid"], 0, 0, False)
+            assert [chunk async for chunk in stream] == [(STDERR_CHANNEL, b"oops\n")]
+            assert (await stream.reply())["exit_code"] == 3
+
+
 async def test_what_is_refused(connect):
-    """Unknown processes, those that nobody can attach to, sizes that are none, a tag in use."""
+    """Unknown processes, sizes that are none, a tag in use."""
     async with connect() as guest:
         name = tag()
         background = await call(guest, "exec", cmd="sleep 1000", background=True, tag=name)
@@ -309,7 +320,6 @@ async def test_what_is_refused(connect):
                 for process in (None, -1, 0, 2**40, 1.5, [1]):
                     fault = await refused(guest, f"processes.{method}", process=process, **extra)
                     assert fault.code == FaultCode.INVALID_ARGUMENT, (method, process)
-            assert (await refused(guest, "processes.attach", process=pid)).code == FaultCode.INVALID_ARGUMENT
             assert (await refused(guest, "processes.resize", process=pid, **SIZE)).code == FaultCode.INVALID_ARGUMENT
             for cols, rows in ((0, 1), (1, 0), (4097, 1), (1, 4097), (-1, 5), ("a", 5)):
                 fault = await refused(guest, "processes.resize", process=terminal["pid"], cols=cols, rows=rows)

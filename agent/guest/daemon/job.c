@@ -170,7 +170,7 @@ bool job_is_spent(const struct Job *job) {
 
 /* Of one that lasted: somebody may still want to know how it ended, or is being told. */
 static bool is_kept(const struct Job *job, uint64_t now) {
-    return job->ring != NULL && !job->background && !job->forgotten &&
+    return job->ring != NULL && !job->forgotten &&
            (job->attachments != NULL || job->ended_ns + KEEP_ENDED_NS > now);
 }
 
@@ -179,7 +179,7 @@ static bool forget_oldest(void) {
     unsigned kept = 0;
     struct Job *oldest = NULL;
     for (struct Job *job = jobs; job != NULL; job = job->next) {
-        if (job->ring != NULL && !job->background && !job->forgotten && job_is_spent(job)) {
+        if (job->ring != NULL && !job->forgotten && job_is_spent(job)) {
             kept++;
             oldest = job->attachments == NULL && (oldest == NULL || job->ended_ns < oldest->ended_ns) ? job : oldest;
         }

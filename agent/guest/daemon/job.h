@@ -86,7 +86,6 @@ struct Job {
     struct Process *process; /* of an exec */
     /* Of one that lasts. */
     struct Ring *ring;
-    bool background;                /* nobody attaches, and what it prints goes nowhere; `owner` waits for its start */
     struct Attachment *attachments; /* at most one that is no observer */
     size_t strange;                 /* of `input`: from streams of before */
     bool complete;                  /* it has ended, and all its output is in the ring */

@@ -119,10 +119,7 @@ static void start(struct Connection *connection, const struct Frame *open, const
     if (exec->timeout_ms.value > 0 && !exec->background) {
         job->timeout = job->started_ns + (uint64_t)exec->timeout_ms.value * 1000000ULL;
     }
-    if (exec->background) {
-        job->background = true;
-        job->out_left = job->errors_left = 0;
-    } else if (lasting) {
+    if (lasting && !exec->background) { /* (of a background one it is answered once the process has started) */
         attach_opener(job, open);
     }
 }

@@ -57,7 +57,7 @@ struct Job *process_with_tag(struct Slice tag) {
 static struct Job *find_ended(const struct Name *name) {
     struct Job *last = NULL;
     for (struct Job *job = jobs_first(); job != NULL; job = job->next) {
-        bool kept = job->ring != NULL && !job->background && job->reaped && !job->forgotten;
+        bool kept = job->ring != NULL && job->reaped && !job->forgotten;
         if (kept && is_named(job, name) && (last == NULL || job->ended_ns > last->ended_ns)) {
             last = job;
         }
@@ -201,8 +201,8 @@ void processes_attach_open(struct Connection *connection, const struct Frame *op
         connection_fault(connection, open->stream, "not_found", "there is no such process, or its end is forgotten");
         return;
     }
-    if (job->ring == NULL || job->background) {
-        connection_fault(connection, open->stream, "invalid_argument", "the process was not started with detach or pty");
+    if (job->ring == NULL) {
+        connection_fault(connection, open->stream, "invalid_argument", "the process was not started with detach, background or pty");
         return;
     }
     attach(connection, open, job, observe, &offset);
