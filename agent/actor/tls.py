@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
 HANDSHAKE_TIMEOUT = 10.0
-UNSENT_BYTES = 128 * 1024
-"""What the kernel takes beyond what is on its way (TCP_NOTSENT_LOWAT): more would only be a queue that nothing can
-pass."""
 READ_BYTES = 256 * 1024
 _LOST = (OSError, ValueError)
 
@@ -190,7 +187,6 @@ async def _secure(plain: trio.SocketStream, context: ssl.SSLContext, *, server_s
     try:
         raw.getpeername()  # SSLSocket leaks the socket when it finds out by itself
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         raw.setblocking(False)
         stream = TlsStream(context.wrap_socket(raw, server_side=server_side, do_handshake_on_connect=False))
     except _LOST as err:  # the peer may be gone already, or have sent something before its hello
