@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import signal
 
@@ -158,3 +159,30 @@ def test_sizes_arrive(create, typist):
         one.expect(b"size %d %d\r\n" % (rows, cols))
     one.type(b"exit\r")
     assert one.drain(lambda _: None, 20) == 0
+
+
+def test_a_shell_outlives_its_hosts_daemon_and_a_pause(platform, create, api, typist, poll):
+    """The agent is killed: the command attaches again by itself. The sandbox is paused: it says how to come back, and
+    after the resume `capsule attach` is in the same shell."""
+    sandbox = create()
+    one = typist("exec", "-t", "-e", "PS1=> ", sandbox["id"], "--", "bash", "--norc")
+    one.expect(b"> ")
+    one.type(b"X=kept; echo set $X\r")
+    one.expect(b"set kept\r\n")
+    [agent] = platform.ready["agent_pids"]
+    os.kill(agent, signal.SIGKILL)
+    poll(lambda: "connected again" in one.errors.read_text(), 60, "a new connection")
+    one.type(b"echo still $X\r")
+    one.expect(b"still kept\r\n")
+    assert api.post(f"/sandboxes/{sandbox['id']}/pause").status_code == 200
+    assert one.drain(lambda _: None, 30) == 125
+    assert one.restored()
+    said = re.search(r"`capsule (attach \S+ \S+)` comes back", one.errors.read_text())
+    assert said, one.errors.read_text()
+    assert api.post(f"/sandboxes/{sandbox['id']}/resume").status_code == 200
+    back = typist(*said[1].split())
+    back.expect(b"> ")
+    back.type(b"echo again $X; exit 6\r")
+    back.expect(b"again kept\r\n")
+    assert back.drain(lambda _: None, 30) == 6, back.errors.read_text()
+    assert back.restored()
