@@ -11,7 +11,7 @@ import pytest
 import trio
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
-from capsule.http.sockets import following
+from capsule.http.sockets import endpoint, following
 
 HEAD = (
     "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -151,6 +151,21 @@ async def test_a_signal_that_does_not_arrive_holds_nobody(sockets, monkeypatch):
     with trio.fail_after(5):
         await process.left.wait()
     assert not process.signals
+    await serves(sockets)
+
+
+async def test_no_team_takes_all_connections(sockets, monkeypatch):
+    """Before it has as many as there are it is told so; a place that is left is free."""
+    monkeypatch.setattr(endpoint, "TEAM_STREAMS", 2)
+    async with connected(sockets) as one:
+        async with connected(sockets), connected(sockets) as third:
+            assert await third.closed() == 4429
+        await one.send(frame(CLOSE))
+        assert await one.closed() == 1005
+    async with connected(sockets) as one, connected(sockets, "pty") as two:
+        for raw in (one, two):
+            await raw.send(START)
+        await sockets.until(lambda: len(sockets.streams.processes) == 2)
     await serves(sockets)
 
 

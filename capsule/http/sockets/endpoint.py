@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,7 @@ from uuid import UUID
 import structlog
 import trio
 
-from capsule.errors import CapsuleError, Forbidden, InvalidRequest, NotFound
+from capsule.errors import CapsuleError, Forbidden, InvalidRequest, NotFound, TooManyExecs
 from capsule.http import ids
 from capsule.http.errors import internal
 from capsule.http.parsing import parse_query
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
 
 LINGER = 1.0
 """Seconds for a refused client to read the answer and hang up."""
+
+TEAM_STREAMS = 2048
+"""WebSockets of one team at once: a quarter of the connections that the server has for everybody."""
 
 IN_URL = frozenset({"token", "api_key", "apikey", "access_token", "key"})
 """What is not taken from a URL: those end in logs, histories and Referer headers."""
@@ -68,6 +73,7 @@ class SocketEndpoint:
         self._sandboxes = sandboxes
         self._origins = origins
         self._metrics = metrics
+        self._open_of: Counter[UUID] = Counter()
         self._routes = [
             _Route(_form(row.path), row, Admission(row.access, authenticator))
             for row in table
@@ -155,10 +161,24 @@ class SocketEndpoint:
         socket.patience = STALL_TIMEOUT
         by = found.admitted.principal
         call = SocketCall(socket=socket, principal=by, sandbox=found.sandbox, path=opened.path, query=found.query)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(admission.watch_over, socket, found.admitted)
-            await opened.route.row.talk(call)
-            nursery.cancel_scope.cancel()
+        with self._place(by.team_id):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(admission.watch_over, socket, found.admitted)
+                await opened.route.row.talk(call)
+                nursery.cancel_scope.cancel()
+
+    @contextmanager
+    def _place(self, team: UUID) -> Iterator[None]:
+        """One of a team's TEAM_STREAMS. TooManyExecs."""
+        if self._open_of[team] >= TEAM_STREAMS:
+            raise TooManyExecs(f"Your team has {TEAM_STREAMS} streams open here; close one of them and try again.")
+        self._open_of[team] += 1
+        try:
+            yield
+        finally:
+            self._open_of[team] -= 1
+            if not self._open_of[team]:
+                del self._open_of[team]
 
     def _record(self, route: str, status: int, started: float) -> None:
         seconds = trio.current_time() - started
