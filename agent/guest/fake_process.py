@@ -179,11 +179,12 @@ class FakeProcess:
                     await stream.send(data, channel)
                     reader.position += len(data)
                     self.changed()
-                elif self.reply is not None:
-                    nursery.cancel_scope.cancel()
-                    return self.reply
-                else:
+                elif self.reply is None:
                     await self._changed.wait()
+                else:
+                    break
+            nursery.cancel_scope.cancel()
+        return self.reply
 
     async def _take_input(self, stream: ServedStream) -> None:
         async for _, data in stream:

@@ -302,7 +302,7 @@ async def test_a_background_process_is_attached_to_later(connect):
         started = await call(guest, "exec", cmd=BOTH, background=True, tag=name)
         async with running(guest, "processes.attach", process=name) as (stream, said):
             assert (said["pid"], said["offset"], said["skipped"], said["pty"]) == (started["pid"], 0, 0, False)
-            assert [chunk async for chunk in stream] == [(STDERR_CHANNEL, b"oops\n")]
+            assert [chunk async for chunk in stream] == [(2, b"oops\n")]
             assert (await stream.reply())["exit_code"] == 3
 
 
