@@ -138,6 +138,8 @@ class WebSocket:
 
     def _finish(self, end: End) -> None:
         if self.end is None:
+            if self.patience <= CLOSE_TIMEOUT:
+                self._hurry()  # a stranger may not stay by taking our last bytes one at a time
             self.end = end
             self._get.close()
             self._ended.set()
