@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from agent.actor.inbox import Growth
 from agent.wire import limits
 from agent.wire.faults import Fault, FaultCode, RemoteProtocolError
 
@@ -46,6 +47,7 @@ class Connection(abc.ABC):
 
     def __init__(self, stream: trio.abc.Stream, link: Link) -> None:
         self.link = link
+        self.growth = Growth()
         self.closed = trio.Event()
         self.reason = ""
         self._stream = stream

@@ -18,6 +18,11 @@ MAX_WINDOW_BYTES = 1024 * 1024
 its time waiting for CREDIT; a stream that nobody reads never gets more than that."""
 
 
+GROWN_BYTES = 64 * 1024 * 1024
+"""By which all windows of one connection together may be larger than the initial credit. A reader that was fast and
+then stalls keeps its window full: without this, a thousand of them would hold a gigabyte."""
+
+
 _SMALL_BYTES = 512
 """Chunks below this are packed behind each other: as objects of their own they cost a hundred bytes each, and a
 hostile peer may spend its whole credit on chunks of one byte."""
@@ -26,17 +31,38 @@ _PACK_BYTES = 64 * 1024
 _RECORD = struct.Struct(">BH")
 
 
+class Growth:
+    """What the windows of one connection have grown by."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, limit: int = GROWN_BYTES) -> None:
+        self._left = limit
+
+    def take(self, amount: int) -> bool:
+        """Whether there were `amount` bytes left."""
+        if amount > self._left:
+            return False
+        self._left -= amount
+        return True
+
+    def give_back(self, amount: int) -> None:
+        """A window is gone."""
+        self._left += amount
+
+
 class Inbox:
     """Chunks of one stream. Bounded by the credit that the link enforces: at most four bytes held for each of it.
 
     The window, what the sender may have sent beyond what was read, starts as the initial credit and is granted anew
-    each time half of it was read. It doubles when the reader had by then read everything.
+    each time half of it was read. It doubles when the reader had by then read everything, as far as `growth` goes.
     """
 
-    __slots__ = ("_chunks", "_consumed", "_link", "_offset", "_stream", "_waiting", "_window", "finished")
+    __slots__ = ("_chunks", "_consumed", "_growth", "_link", "_offset", "_stream", "_waiting", "_window", "finished")
 
-    def __init__(self, link: Link, stream: int) -> None:
+    def __init__(self, link: Link, stream: int, growth: Growth) -> None:
         self.finished = False
+        self._growth = growth
         self._link = link
         self._stream = stream
         self._chunks: deque[tuple[int, bytes] | bytearray] = deque()
@@ -63,8 +89,10 @@ class Inbox:
         self._wake()
 
     def discard(self) -> None:
-        """Nobody reads any more."""
+        """Nobody reads any more. The owner's last word, always: what the window has grown by is others' then."""
         self._chunks.clear()
+        self._growth.give_back(self._window - INITIAL_CREDIT)
+        self._window = INITIAL_CREDIT
 
     async def get(self) -> tuple[int, bytes] | None:
         """The next chunk as (channel, bytes), None after the last. One reader at a time."""
@@ -98,7 +126,7 @@ class Inbox:
         if self._consumed < self._window // 2 or self.finished or not self._link.has_stream(self._stream):
             return False
         amount, self._consumed = self._consumed, 0
-        if not self._chunks and self._window < MAX_WINDOW_BYTES:
+        if not self._chunks and self._window < MAX_WINDOW_BYTES and self._growth.take(self._window):
             amount += self._window
             self._window *= 2
         self._link.grant(self._stream, amount)

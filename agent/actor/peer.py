@@ -123,7 +123,7 @@ class OpenedStream:
     def __init__(self, peer: OpenerPeer, number: int) -> None:
         self.number = number
         self.abandoned = False
-        self.inbox = Inbox(peer.link, number)
+        self.inbox = Inbox(peer.link, number, peer.growth)
         self._peer = peer
         self._last: Reply | Failure | None = None
         self._finished = trio.Event()

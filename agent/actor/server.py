@@ -77,6 +77,7 @@ class ServerPeer(Connection):
             answer: dict[str, Any] | Fault = Fault(FaultCode.DRAINING, "this host is shutting down", retryable=True)
         else:
             answer = await self._run_handler(stream, request)
+        stream.inbox.discard()
         await self._wait_for_room()
         try:
             self._send_last(stream.number, answer)
@@ -120,7 +121,7 @@ class ServedStream:
 
     def __init__(self, peer: ServerPeer, request: Open) -> None:
         self.number = request.stream
-        self.inbox = Inbox(peer.link, request.stream)
+        self.inbox = Inbox(peer.link, request.stream, peer.growth)
         timeout = request.timeout_ms / 1000 if request.timeout_ms else math.inf
         self.deadline = trio.current_time() + timeout
         self.scope = trio.CancelScope(deadline=self.deadline)

@@ -7,7 +7,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from agent.actor.connection import BATCH_BYTES
-from agent.actor.inbox import MAX_WINDOW_BYTES
+from agent.actor.inbox import MAX_WINDOW_BYTES, Growth
 from agent.actor.peer import OpenerPeer
 from agent.wire import limits
 from agent.wire.link import Link, Role
@@ -172,6 +172,28 @@ async def test_the_window_of_a_reader_that_keeps_up_grows(joined):
         assert sent - read <= MAX_WINDOW_BYTES
         assert sent - read == MAX_WINDOW_BYTES - stream.inbox._consumed
         assert server.link._streams[1].send_credit == 0
+
+
+async def test_all_windows_together_grow_only_so_far(joined):
+    """A second fast stream finds nothing left, is none the worse, and grows once the first one is gone."""
+
+    async def pour(method, body, stream):
+        while True:
+            await stream.send(b"x" * 65_536)
+
+    async def read(stream):
+        for _ in range(64):
+            await anext(stream)
+        return stream.inbox._window
+
+    async with joined(pour) as (opener, _):
+        opener.growth = Growth(MAX_WINDOW_BYTES - limits.INITIAL_CREDIT)
+        async with opener.open_stream("m", {}) as first:
+            assert await read(first) == MAX_WINDOW_BYTES
+            async with opener.open_stream("m", {}) as second:
+                assert await read(second) == limits.INITIAL_CREDIT
+        async with opener.open_stream("m", {}) as third:
+            assert await read(third) == MAX_WINDOW_BYTES
 
 
 async def test_a_conversation_needs_no_end(joined):
