@@ -8,18 +8,20 @@ that cannot lead out of the directory, however the others lead.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from capsule.client.errors import IntegrityError
 
 BLOCK = 256 * 1024
-MAX_HEADER = 1024 * 1024
-"""Bytes of a member's extended header (a long name, pax records), which tarfile reads into memory."""
+MAX_HEADER = 256 * 1024
+"""Bytes of a member's extended header (a long name, pax records), which tarfile reads into memory, and holds while it
+follows one to the next as deep as Python lets it."""
 
 MAX_SKIPPED = 10_000
 """Names of what was left out that are kept to be told."""
@@ -27,12 +29,14 @@ MAX_SKIPPED = 10_000
 _EXTENDED = frozenset(
     {
         tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
         tarfile.SOLARIS_XHDTYPE,
         tarfile.GNUTYPE_LONGNAME,
         tarfile.GNUTYPE_LONGLINK,
     }
 )
+
+_REFUSED = frozenset({tarfile.XGLTYPE, tarfile.GNUTYPE_SPARSE})
+"""What grows without bounds: headers that hold for all the rest, maps of holes as large as a disk."""
 
 
 class Member(tarfile.TarInfo):
@@ -40,11 +44,17 @@ class Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
-        """Refuses an extended header that would fill the memory."""
+        """Refuses headers that would fill the memory."""
         member = super().frombuf(buf, encoding, errors)
         if member.type in _EXTENDED and member.size > MAX_HEADER:
             raise IntegrityError(f"the archive has a header of {member.size} bytes")
+        if member.type in _REFUSED:
+            raise IntegrityError("the archive has global headers or sparse files, which a sandbox's tar does not write")
         return member
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:
+        """tarfile's: it would read a map of any length into memory."""
+        raise IntegrityError("the archive has sparse files, which a sandbox's tar does not write")
 
 
 def pack(source: Path, sink: IO[bytes]) -> None:
@@ -62,20 +72,16 @@ def unpack(source: IO[bytes], name: str, target: Path) -> list[str]:
     IntegrityError for an archive that is broken or cut off."""
     skipped: list[str] = []
     links: dict[Path, str] = {}
-    modes: dict[Path, int] = {}
     archive: Any
     try:
         with tarfile.open(fileobj=source, mode="r|", bufsize=BLOCK, tarinfo=Member) as archive:
             for member in archive:
                 archive.members = []
-                if not _place(archive, member, name, target, links, modes) and len(skipped) < MAX_SKIPPED:
+                if not _place(archive, member, name, target, links) and len(skipped) < MAX_SKIPPED:
                     skipped.append(member.name)
-    except (tarfile.TarError, EOFError) as exc:
+    except (tarfile.TarError, EOFError, RecursionError) as exc:
         raise IntegrityError(f"the archive is broken: {exc}") from exc
-    skipped += [path.relative_to(target).as_posix() for path in _link(links, target)]
-    for path, mode in reversed(modes.items()):  # last, or a directory that is read-only would take nothing
-        path.chmod(mode)
-    return skipped
+    return skipped + [path.relative_to(target).as_posix() for path in _link(links, target)]
 
 
 def _place(
@@ -84,7 +90,6 @@ def _place(
     name: str,
     target: Path,
     links: dict[Path, str],
-    modes: dict[Path, int],
 ) -> bool:
     """Bring one member to its place, or keep it for later; False for one that has none here."""
     parts = _inside(member.name, name)
@@ -92,13 +97,14 @@ def _place(
         return False
     path = target.joinpath(*parts)
     if member.isdir():
-        path.mkdir(parents=True, exist_ok=True)
-        modes[path] = (member.mode & 0o777) | 0o700
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(_mode(member) | 0o700, exist_ok=True)
+        path.chmod(path.stat().st_mode & (_mode(member) | 0o700))  # one that was there for what is in it
     elif not parts:
         return False
     elif member.issym():
         links[path] = member.linkname
-    elif member.isreg():
+    elif member.isreg() and not member.issparse():
         _write(archive, member, path)
     elif member.islnk():
         return _hard_link(member, name, target, path)
@@ -111,13 +117,17 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     content = archive.extractfile(member)
     path.unlink(missing_ok=True)
-    with path.open("xb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(path, flags, _mode(member) | 0o600), "wb") as file:
         if content is not None:
             shutil.copyfileobj(content, file, BLOCK)
-        os.fchmod(
-            file.fileno(), (member.mode & 0o755) | 0o600
-        )  # as tarfile's own filter: no set-uid, not writable to all
-    os.utime(path, (member.mtime, member.mtime))
+    with contextlib.suppress(OSError, OverflowError, ValueError):  # a time that there is not here
+        os.utime(path, (member.mtime, member.mtime))
+
+
+def _mode(member: tarfile.TarInfo) -> int:
+    """As tarfile's own filter: no set-uid, not writable to all. The umask holds, too: it is for open() and mkdir()."""
+    return member.mode & 0o755
 
 
 def _hard_link(member: tarfile.TarInfo, name: str, target: Path, path: Path) -> bool:
@@ -125,6 +135,8 @@ def _hard_link(member: tarfile.TarInfo, name: str, target: Path, path: Path) -> 
     parts = _inside(member.linkname, name)
     if not parts or not target.joinpath(*parts).is_file():
         return False
+    if target.joinpath(*parts) == path:
+        return True
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.hardlink_to(target.joinpath(*parts))
@@ -159,6 +171,8 @@ def _inside(member: str, name: str) -> tuple[str, ...] | None:
     parts = tuple(part for part in member.split("/") if part not in {"", "."})
     if member.startswith("/") or ".." in parts or "\0" in member or parts[:1] != (name,):
         return None
+    if any(PurePath(part).name != part for part in parts[1:]):
+        return None  # where a backslash or a colon means something
     return parts[1:]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import secrets
 import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -17,7 +16,7 @@ import trio
 
 from capsule.client import archives
 from capsule.client.answers import Transfer
-from capsule.client.downloads import READ_TIMEOUT
+from capsule.client.downloads import READ_TIMEOUT, draft_name
 from capsule.client.nurseries import background
 from capsule.client.transport import Transport, chunks
 from capsule.client.uploads import Form, check_digest, post
@@ -57,7 +56,7 @@ async def download(
     """The directory `path`, as `target`."""
     wanted = Path(target)
     _check_free(wanted)
-    draft = wanted.with_name(f".{wanted.name[:200]}.{secrets.token_hex(6)}.part")
+    draft = draft_name(wanted)
     draft.mkdir()
     try:
         received, skipped = await _receive(transport, files, path, draft, on_progress)
@@ -92,7 +91,6 @@ async def _receive(
                     break  # it has failed, and says why
                 if on_progress is not None:
                     on_progress(received, None)
-        unpacking.whole = True
         write.close()
         await unpacking.done.wait()
     if unpacking.failure is not None:
@@ -134,7 +132,7 @@ class _Packing(io.RawIOBase):
 
 
 class _Unpacking(io.RawIOBase):
-    """The file that tar reads from, in its thread. A stream that was not `whole` ends in an error, never quietly.
+    """The file that tar reads from, in its thread. A stream that breaks off cancels it: it never ends quietly.
 
     Owns: `channel`. Dies when: all is unpacked, or it fails."""
 
@@ -143,7 +141,6 @@ class _Unpacking(io.RawIOBase):
         self._name = name
         self._target = target
         self._rest = b""
-        self.whole = False
         self.done = trio.Event()
         self.skipped: list[str] = []
         self.failure: Exception | None = None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import trio
 
 from capsule.client.answers import Transfer
-from capsule.client.errors import ConnectionLost, IntegrityError
+from capsule.client.errors import ConnectionLost, IntegrityError, Unavailable
 from capsule.client.transport import Transport, backoff, chunks
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class Download:
             try:
                 await self._attempt()
                 return Transfer(bytes=self._done, sha256=self._digest.hexdigest())
-            except ConnectionLost:
+            except (ConnectionLost, Unavailable) as exc:
+                if isinstance(exc, Unavailable) and not self._done:
+                    raise  # it has not begun: the caller's to decide
                 failures = 1 if self._done > before else failures + 1
                 if not self._resume or failures >= ATTEMPTS or (self._version is None and not self._rewind):
                     raise
@@ -98,6 +100,8 @@ class Download:
                     await trio.to_thread.run_sync(self._write, piece)
                     if self._on_progress is not None:
                         self._on_progress(self._done, self._size)
+        if self._size is not None and self._done != self._size:
+            raise ConnectionLost(f"the server sent {self._done} of {self._size} bytes")
 
     async def _begin(self, response: httpx.Response) -> None:
         """What is coming: the rest, or all of it (again, if the file has changed)."""
@@ -139,11 +143,21 @@ async def draft(target: Path) -> AsyncIterator[BinaryIO]:
 
 def _create(target: Path) -> tuple[BinaryIO, Path]:
     """With the old file's permission bits, or those that a new one gets."""
-    name = target.with_name(f".{target.name[:200]}.{secrets.token_hex(6)}.part")
-    file = name.open("xb")
-    with contextlib.suppress(OSError):
-        os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
+    name = draft_name(target)
+    try:
+        mode = target.stat().st_mode & 0o777
+    except OSError:
+        return name.open("xb"), name
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    file = os.fdopen(os.open(name, flags, 0o600), "wb")
+    with contextlib.suppress(OSError):  # not before: what was private is so at every moment
+        name.chmod(mode)
     return file, name
+
+
+def draft_name(target: Path) -> Path:
+    """Beside it, and no longer than a name may be: 255 bytes, of which a letter has up to four."""
+    return target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.part")
 
 
 def _settle(file: BinaryIO, name: Path, target: Path) -> None:
@@ -151,12 +165,14 @@ def _settle(file: BinaryIO, name: Path, target: Path) -> None:
     os.fsync(file.fileno())
     file.close()
     name.replace(target)
-    with _directory(target.parent) as handle:
-        os.fsync(handle)
+    if hasattr(os, "O_DIRECTORY"):  # Windows has nothing of the kind
+        with _directory(target.parent) as handle:
+            os.fsync(handle)
 
 
 @contextlib.contextmanager
 def _directory(path: Path) -> Iterator[int]:
+    """To be brought to the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield handle

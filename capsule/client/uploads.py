@@ -145,14 +145,14 @@ def check_digest(response: httpx.Response, digest: bytes) -> None:
 
 
 def _remaining(file: BinaryIO) -> int | None:
-    """Bytes from where an open file stands; None for one that does not know, such as a pipe."""
+    """Bytes from where an open file stands; None for one that does not know, such as a pipe, and where none are."""
     try:
         position = file.tell()
         end = file.seek(0, io.SEEK_END)
         file.seek(position)
     except (OSError, AttributeError):
         return None
-    return max(end - position, 0)
+    return max(end - position, 0) or None  # or it does not say: /proc, a device
 
 
 async def _whole(content: bytes) -> AsyncGenerator[bytes, None]:
