@@ -104,7 +104,10 @@ def _stored_for(url: str) -> str | None:
 
 def _usual_url() -> str:
     known = os.environ.get(credentials.URL_VARIABLE)
-    stored = None if known else credentials.load()
+    try:
+        stored = None if known else credentials.load()
+    except ConfigurationError:  # to be replaced
+        stored = None
     return known or (stored.url if stored else _ask("Server", default=DEFAULT_URL))
 
 

@@ -69,6 +69,8 @@ def _leave(errors: list[BaseException]) -> NoReturn:
 def _explanation(error: BaseException) -> str:
     if isinstance(error, CapsuleError):
         return str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object!r} is not UTF-8, as names and arguments in a sandbox are"
     if isinstance(error, OSError):
         return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
     if os.environ.get(DEBUG_VARIABLE):

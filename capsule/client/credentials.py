@@ -48,9 +48,12 @@ class Credentials:
 
 
 def credentials_path() -> Path:
-    """`$CAPSULE_CONFIG`, else `~/.config/capsule/credentials.json`."""
+    """`$CAPSULE_CONFIG`, else `~/.config/capsule/credentials.json`. ConfigurationError where there is no home."""
     named = os.environ.get(FILE_VARIABLE)
-    return Path(named) if named else Path.home() / ".config" / "capsule" / "credentials.json"
+    try:
+        return Path(named) if named else Path.home() / ".config" / "capsule" / "credentials.json"
+    except RuntimeError:
+        raise ConfigurationError(f"you have no home directory: set {FILE_VARIABLE}, or HOME") from None
 
 
 def load(path: Path | None = None) -> StoredCredentials | None:
@@ -73,7 +76,7 @@ def save(credentials: StoredCredentials, path: Path | None = None) -> Path:
     path = path or credentials_path()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, stat.S_IRUSR | stat.S_IWUSR)
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, stat.S_IRUSR | stat.S_IWUSR)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(credentials), indent=2) + b"\n")
@@ -119,11 +122,12 @@ def resolve(url: str | None = None, api_key: str | None = None, token: str | Non
 
 def normal_url(url: str) -> str:
     """`https://host[:port][/prefix]`, without a slash at the end. ConfigurationError for anything else."""
-    parts = urlsplit(url.strip())
     try:
+        parts = urlsplit(url.strip())
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        good = good and "@" not in parts.netloc and not parts.query and not parts.fragment
     except ValueError:
         good = False
-    if not good or parts.username or parts.password or parts.query or parts.fragment:
+    if not good:
         raise ConfigurationError("the URL of a server is http:// or https://, a host, and perhaps a port and a path")
     return f"{parts.scheme}://{parts.netloc.lower()}{parts.path.rstrip('/')}"

@@ -16,8 +16,8 @@ MAX_HEAD = 16 * 1024
 """Bytes of a proxy's answer."""
 
 
-async def dial(url: str) -> trio.abc.Stream:
-    """A connection to the server of this URL, inside TLS for https. ConnectionLost."""
+async def dial(url: str, tls: ssl.SSLContext) -> trio.abc.Stream:
+    """A connection to the server of this URL, inside `tls` for https. ConnectionLost."""
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     host, port = parts.hostname or "", parts.port or (443 if secure else 80)
@@ -28,7 +28,7 @@ async def dial(url: str) -> trio.abc.Stream:
                 stream: trio.abc.Stream = await trio.open_tcp_stream(host, port)
             else:
                 stream = await _through(proxy, host, port)
-            return await _in_tls(stream, host) if secure else stream
+            return await _in_tls(stream, host, tls) if secure else stream
     except trio.TooSlowError:
         problem = f"the server was not reached within {CONNECT_TIMEOUT:g} seconds"
     except (OSError, ssl.SSLError, trio.BrokenResourceError) as exc:
@@ -86,10 +86,8 @@ def _authorization(proxy: SplitResult) -> str:
     return f"Proxy-Authorization: Basic {b64encode(both.encode()).decode()}\r\n"
 
 
-async def _in_tls(stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
-    inside: trio.SSLStream[trio.abc.Stream] = trio.SSLStream(
-        stream, ssl.create_default_context(), server_hostname=host, https_compatible=True
-    )
+async def _in_tls(stream: trio.abc.Stream, host: str, tls: ssl.SSLContext) -> trio.abc.Stream:
+    inside: trio.SSLStream[trio.abc.Stream] = trio.SSLStream(stream, tls, server_hostname=host, https_compatible=True)
     try:
         await inside.do_handshake()
     except BaseException:

@@ -190,6 +190,8 @@ def api_error(status: int, headers: Mapping[str, str], body: bytes) -> ApiError:
         code, message, request_id = str(said["code"]), str(said["message"]), said.get("request_id")
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         code, message, request_id, details = "unknown", f"the server answered {status} without saying why", None, {}
+        if 300 <= status < 400:
+            message = f"the server sends us on to {headers.get('location', 'nowhere')}: give the URL that it has there"
     return typed_error(status, code, message, request_id=request_id, details=details, retry_after=_retry_after(headers))
 
 

@@ -177,7 +177,7 @@ async def open_socket(
     """A WebSocket at this path; leaving closes it, within CLOSE_TIMEOUT. ApiError when the server refuses it before the
     upgrade, ConnectionLost."""
     transport.check_credentials()
-    stream = WatchedStream(await dial(transport.credentials.url))
+    stream = WatchedStream(await dial(transport.credentials.url, transport.tls))
     try:
         async with background() as nursery:
             connection = await _shake_hands(transport, nursery, stream, path, params or {})

@@ -48,7 +48,19 @@ def test_the_files_key_goes_to_its_server_only(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "file.example", "ftp://x", "https://", "https://u:p@x", "https://x?q", "https://x:0", "https://x:99999"]
+    "url",
+    [
+        "",
+        "file.example",
+        "ftp://x",
+        "https://",
+        "https://u:p@x",
+        "https://x?q",
+        "https://x:0",
+        "https://x:99999",
+        "http://[::1",
+        "https://@x",
+    ],
 )
 def test_bad_urls_are_refused(url, monkeypatch):
     """With a message, before anything is sent."""
@@ -67,6 +79,19 @@ def test_bad_files_and_keys_are_named_but_not_quoted():
     with pytest.raises(ConfigurationError) as caught:
         resolve("https://a.example", KEY + "\r\nX-Evil: 1")
     assert KEY not in repr(caught.value)
+
+
+def test_nobody_has_no_home(monkeypatch):
+    """A user without a home directory is told so, unless all is given."""
+    monkeypatch.delenv("CAPSULE_CONFIG")
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", nowhere)
+    with pytest.raises(ConfigurationError, match="CAPSULE_CONFIG"):
+        resolve()
+    assert resolve("https://a.example", KEY).api_key == KEY
 
 
 async def test_nothing_shows_them():

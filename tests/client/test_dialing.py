@@ -60,13 +60,13 @@ async def test_a_proxy_that_refuses_is_named(platform, proxy, monkeypatch):
     monkeypatch.setattr(dialing, "is_loopback", lambda _: False)
     proxy[1][0] = b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n"
     with pytest.raises(ConnectionLost, match="407"):
-        await dialing.dial(platform.url)
+        await dialing.dial(platform.url, platform.client._transport.tls)
     monkeypatch.setenv("HTTP_PROXY", "socks5://127.0.0.1:1")
     with pytest.raises(ConnectionLost, match="NO_PROXY"):
-        await dialing.dial(platform.url)
+        await dialing.dial(platform.url, platform.client._transport.tls)
 
 
 async def test_loopback_needs_no_proxy(platform, proxy):
     """The proxy hears nothing."""
-    await trio.aclose_forcefully(await dialing.dial(platform.url))
+    await trio.aclose_forcefully(await dialing.dial(platform.url, platform.client._transport.tls))
     assert proxy[0] == []

@@ -200,6 +200,7 @@ async def test_answers_of_a_newer_server_and_of_no_server(monkeypatch):
                                   "created_at": "2026-01-02T03:04:05.678901Z"}),
         httpx.Response(200, text="<html>"),
         httpx.Response(502, text="<html>bad gateway"),
+        httpx.Response(301, headers={"Location": "https://there.example/v1/snapshots"}),
     ]  # fmt: skip
     async with TrioClient("http://127.0.0.1:1", "cap_" + "0" * 40) as client:
         client._transport._client._transport = httpx.MockTransport(lambda _: answers.pop(0))
@@ -210,4 +211,6 @@ async def test_answers_of_a_newer_server_and_of_no_server(monkeypatch):
         with pytest.raises(ApiError) as caught:
             await client.templates.create("sb-1", "x")
         assert (caught.value.status, caught.value.code) == (502, "unknown")
+        with pytest.raises(ApiError, match=r"https://there\.example"):
+            await client.templates.create("sb-1", "x")
     gc.collect()
