@@ -331,6 +331,17 @@ async def test_a_stranger_is_given_no_such_time(autojump_clock, connect):
         assert trio.current_time() <= 11
 
 
+async def test_a_stranger_does_not_stay_by_sipping(autojump_clock, connect):
+    """Taking a little of what waits (the answers to a flood of pings) now and then."""
+    async with connect(key=False) as client:
+        began = trio.current_time()
+        client.wire.unread = lambda: 10**6 - round(trio.current_time() - began)
+        assert (await client.closed())[0] == 4408
+        with trio.fail_after(30):
+            while not client.wire.cuts:
+                await trio.sleep(1)
+
+
 async def test_shutdown_does_not_wait_for_who_does_not_read(autojump_clock, connect, world, events):
     """The close frame cannot be sent behind half a message: the connection is cut, the process let go."""
     closing = trio.Event()

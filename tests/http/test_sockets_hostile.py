@@ -11,7 +11,7 @@ import pytest
 import trio
 from wsproto.frame_protocol import FrameProtocol, Opcode
 
-from capsule.http.sockets import admission, endpoint, following, websocket
+from capsule.http.sockets import endpoint, following
 
 HEAD = (
     "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -166,29 +166,6 @@ async def test_no_team_takes_all_connections(sockets, monkeypatch):
         for raw in (one, two):
             await raw.send(START)
         await sockets.until(lambda: len(sockets.streams.processes) == 2)
-    await serves(sockets)
-
-
-async def test_a_stranger_does_not_stay(sockets, monkeypatch):
-    """Who does not say who asks has his time, and no more for taking the answers to his pings a few at a time."""
-    monkeypatch.setattr(admission, "AUTH_TIMEOUT", 2.0)
-    monkeypatch.setattr(websocket, "CLOSE_TIMEOUT", 1.0)
-    pings = frame(PING, b"x" * 125) * 500
-    async with connected(sockets, key=False) as raw, trio.open_nursery() as nursery:
-
-        async def flood():
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-                while True:
-                    await raw.send(pings)
-
-        nursery.start_soon(flood)
-        began = trio.current_time()
-        with suppress(trio.BrokenResourceError):
-            while trio.current_time() < began + 15:
-                await trio.sleep(0.2)
-                await raw.stream.receive_some(65536)
-        assert trio.current_time() - began < 8
-        nursery.cancel_scope.cancel()
     await serves(sockets)
 
 
