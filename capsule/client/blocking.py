@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent import futures
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from threading import Thread
 from types import TracebackType
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeAlias, TypeVar, cast, overload
 
 import trio
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from anyio.from_thread import BlockingPortal
 
 P = ParamSpec("P")
 A = TypeVar("A")
@@ -27,22 +29,26 @@ R_co = TypeVar("R_co", covariant=True)
 
 _END = object()
 
+_Opened: TypeAlias = tuple[BlockingPortal, trio.lowlevel.TrioToken, trio.Event]
+
 
 class Portal:
     """The thread in which Trio runs. Any number of threads may call at once.
 
-    Owns: the thread. Owned by: Client. Dies when: closed, or the client is forgotten; then calls raise RuntimeError.
+    Owns: the thread. Owned by: Client. Dies when: closed, or the client is forgotten; then calls raise RuntimeError. A
+    fork does not take it along: in the child calls raise RuntimeError, too.
     """
 
     def __init__(self) -> None:
         if trio.lowlevel.in_trio_run():
             raise RuntimeError("this is a Trio program: use TrioClient, or this client in a thread of its own")
-        opening = start_blocking_portal("trio", name="capsule-client")
-        self._portal: BlockingPortal = opening.__enter__()
+        opened: Future[_Opened] = Future()
+        thread = Thread(target=_serve, args=(opened,), name="capsule-client", daemon=True)
+        thread.start()
+        self._portal, token, closing = opened.result()
+        self._process = os.getpid()
         self._under_way: set[Future[Any]] = set()
-        closing, token = self._portal.call(trio.Event), self._portal.call(trio.lowlevel.current_trio_token)
-        self._portal.start_task_soon(_stop_when, closing, self._portal)
-        self._close = weakref.finalize(self, _close, opening, token, closing)
+        self._close = weakref.finalize(self, _close, self._process, thread, token, closing)
 
     @property
     def open(self) -> bool:
@@ -64,15 +70,15 @@ class Portal:
             raise
 
         def leave() -> None:
-            if self.open:  # else the task was cancelled
+            if self.open and not self._forked:  # else the task was cancelled
                 self._portal.call(leaving.set)
                 _result(task)
 
         return value, leave
 
     def close(self, last: Callable[[], Awaitable[None]]) -> None:
-        """Cancel what is under way, wait for `last`, and end the thread; again: nothing."""
-        if not self.open:
+        """Cancel what is under way, wait for `last`, and end the thread; again, or in a forked process: nothing."""
+        if not self.open or self._forked:
             return
         for future in list(self._under_way):
             future.cancel()
@@ -81,7 +87,13 @@ class Portal:
         finally:
             self._close()
 
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._process
+
     def _start(self, function: Callable[..., Awaitable[R]], *args: Any) -> Future[R]:
+        if self._forked:  # its wake-ups would go to the parent's thread
+            raise RuntimeError("this client was made before the process was forked: make one in the child")
         future = self._portal.start_task_soon(function, *args)
         self._under_way.add(future)
         future.add_done_callback(self._under_way.discard)
@@ -112,18 +124,36 @@ def _result(future: Future[R]) -> R:
     return future.result()
 
 
+def _serve(opened: Future[_Opened]) -> None:
+    """What the thread does."""
+
+    async def serve() -> None:
+        closing = trio.Event()
+        async with trio.open_nursery() as nursery, BlockingPortal() as portal:
+            nursery.start_soon(_stop_when, closing, portal)
+            opened.set_result((portal, trio.lowlevel.current_trio_token(), closing))
+            await portal.sleep_until_stopped()
+
+    try:
+        trio.run(serve)
+    except BaseException as exc:
+        if opened.done():
+            raise
+        opened.set_exception(exc)
+
+
 async def _stop_when(closing: trio.Event, portal: BlockingPortal) -> None:
     await closing.wait()
     await portal.stop(cancel_remaining=True)
 
 
-def _close(
-    opening: AbstractContextManager[BlockingPortal], token: trio.lowlevel.TrioToken, closing: trio.Event
-) -> None:
+def _close(process: int, thread: Thread, token: trio.lowlevel.TrioToken, closing: trio.Event) -> None:
     """End the thread. From any thread, also one that runs Trio itself, as a garbage collector comes when it wants."""
+    if os.getpid() != process:
+        return
     with contextlib.suppress(RuntimeError):  # it has stopped, or this is the thread
         token.run_sync_soon(closing.set)
-        opening.__exit__(None, None, None)
+        thread.join()
 
 
 class Facade(Generic[A]):
@@ -168,8 +198,12 @@ def iterating(
 
     def iterate(self: Facade[Any], /, *args: P.args, **kwargs: P.kwargs) -> Iterator[B]:
         portal, source = self._portal, method(self._inner, *args, **kwargs)
-        while (item := portal.run(_next, source)) is not _END:
-            yield convert(portal, item)
+        try:
+            while (item := portal.run(_next, source)) is not _END:
+                yield convert(portal, item)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the client was closed before
+                portal.run(_close_iterator, source)
 
     return _as_method(method, iterate)
 
@@ -230,6 +264,12 @@ def as_it_is(_: Portal, item: A) -> A:
 async def _next(source: AsyncIterator[Any]) -> Any:
     """Its next item, or _END: no StopIteration passes through a coroutine."""
     return await anext(source, _END)
+
+
+async def _close_iterator(source: AsyncIterator[Any]) -> None:
+    """One that was left before its end, here and not when a garbage collector finds it."""
+    if isinstance(source, AsyncGenerator):
+        await source.aclose()
 
 
 def _as_method(method: Callable[..., Any], function: Callable[Concatenate[Any, P], R]) -> Method[P, R]:

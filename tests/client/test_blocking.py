@@ -7,13 +7,17 @@ import inspect
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import trio
 
 from capsule.client import ApiError, BlockingTerminal, Client, NotFound, Sandbox, StreamClosed, TrioSandbox
+from capsule.client.blocking import iterating
 from capsule.client.client import Files, Processes, Sandboxes
 from capsule.client.files import TrioFiles
 from capsule.client.listing import TrioProcesses
@@ -153,6 +157,58 @@ async def test_a_forgotten_client_takes_its_thread_along(platform):
     await in_thread(int)  # a worker thread remembers its last result
     gc.collect()
     assert not threads()
+
+
+async def test_a_list_that_is_left_ends(platform, monkeypatch):
+    """`break` in a loop: nothing stays for the garbage collector to complain about."""
+    left = trio.Event()
+
+    async def pages(_self, **_how):
+        try:
+            for number in range(3):
+                yield SimpleNamespace(id=number, files=None, processes=None)
+        finally:
+            left.set()
+
+    def use():
+        with Client(platform.url, platform.key) as client:
+            listed = iterating(pages, lambda _, item: item.id).__get__(client.sandboxes)()
+            assert next(listed) == 0
+            listed.close()
+            assert left.is_set()
+            assert [one.id for one in client.sandboxes.list()]
+
+    await in_thread(use)
+
+
+FORKED = """
+import os, sys, warnings
+from capsule.client import Client
+warnings.simplefilter("ignore")
+client = Client("http://127.0.0.1:9", "cap_" + "0" * 40)
+child = os.fork()
+if not child:
+    try:
+        client.sandboxes.get("sb-1")
+    except RuntimeError as error:
+        assert "forked" in str(error)
+    else:
+        os._exit(1)
+    client.close()
+    del client
+    sys.exit(7)
+_, status = os.waitpid(child, 0)
+print(os.waitstatus_to_exitcode(status))
+client.close()
+"""
+
+
+def test_a_forked_child_does_not_hang():
+    """The thread stays behind: calls say so, and neither close() nor the child's end waits for it."""
+    ran = subprocess.run(
+        [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=20, check=False, env={"HOME": "/none"}
+    )
+    assert (ran.returncode, ran.stdout) == (0, "7\n"), ran.stderr
 
 
 def test_an_interrupt_cancels_and_leaves_nothing():
