@@ -153,8 +153,8 @@ class StreamCall:
     """A process to be started with somebody attached. `args` None: `cmd` is a line for /bin/sh -c; else (even empty) a
     program and its arguments. `cmd` None, with a `terminal` only: the user's login shell.
 
-    `timeout_sec` None: no time-out. `detach`: it outlives the stream; one with a `terminal` always does. `tag` None: one
-    is made up.
+    `timeout_sec` None: no time-out. `detach`: it outlives the stream; one with a `terminal` always does. `tag` None:
+    one is made up.
     """
 
     cmd: str | None
