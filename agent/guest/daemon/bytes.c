@@ -13,7 +13,7 @@ bool bytes_reserve(struct Bytes *bytes, size_t count) {
     if (bytes->start + bytes->length + count <= bytes->capacity) {
         return true;
     }
-    if (bytes->length + count <= bytes->capacity && bytes->start >= bytes->capacity / 2) {
+    if (bytes->length + count <= bytes->capacity && bytes->start >= bytes->length) { /* paid by what was consumed */
         memmove(bytes->data, bytes_front(bytes), bytes->length);
         bytes->start = 0;
         return true;
@@ -49,7 +49,7 @@ void bytes_consume(struct Bytes *bytes, size_t count) {
         return;
     }
     bytes->start = 0;
-    if (bytes->capacity > 2 * READ_BYTES) {
+    if (bytes->capacity > KEPT_BYTES) {
         bytes_free(bytes);
     }
 }

@@ -49,8 +49,14 @@
 /* Credit is granted in steps, so that a byte-wise reader of stdin does not cause a frame a byte. */
 #define CREDIT_STEP (64 * KIB)
 
-/* One recv. Larger frames grow the buffer to the frame's size and shrink it again. */
+/* One recv. Larger frames grow the buffer to the frame's size; one of more than KEPT_BYTES shrinks again. What bulk data
+ * needs is kept: memory that is given back comes anew a page fault at a time. */
 #define READ_BYTES (64 * KIB)
+#define KEPT_BYTES (256 * KIB)
+
+/* The pipe of a foreground process's output, and those of workers for contents of files: a turn of the one side is four
+ * of the other. */
+#define BULK_PIPE_BYTES (256 * KIB)
 
 /* The last output of a detached process; also how far it may be ahead of its reader. */
 #define RING_BYTES (64 * KIB)

@@ -58,7 +58,7 @@ struct Ends {
     int control[2];
 };
 
-static bool make_pipe(int ends[2], bool wanted, int parent_side) {
+static bool make_pipe(int ends[2], bool wanted, int parent_side, bool bulk) {
     int made[2];
     ends[0] = -1;
     ends[1] = null_fd;
@@ -70,14 +70,19 @@ static bool make_pipe(int ends[2], bool wanted, int parent_side) {
     }
     ends[0] = made[parent_side];
     ends[1] = made[1 - parent_side];
+    if (bulk) {
+        fcntl(ends[0], F_SETPIPE_SZ, BULK_PIPE_BYTES); /* (else it is as large as others) */
+    }
     return fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0;
 }
 
 /* The slave is the child's only once here: as descriptor 0, 1 and 2 it is placed later. */
 static bool make_ends(const struct Spawn *spawn, struct Ends *ends) {
     if (spawn->terminal == NULL) {
-        return make_pipe(ends->in, spawn->input, 1) && make_pipe(ends->out, spawn->output, 0) &&
-               make_pipe(ends->errors, spawn->errors, 0);
+        const bool content = spawn->kind == JOB_OPERATION;
+        return make_pipe(ends->in, spawn->input, 1, content) &&
+               make_pipe(ends->out, spawn->output, 0, content || spawn->kind == JOB_FOREGROUND) &&
+               make_pipe(ends->errors, spawn->errors, 0, false);
     }
     return terminal_make(spawn->terminal, &ends->out[0], &ends->in[0], &ends->in[1]);
 }
