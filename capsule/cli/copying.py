@@ -19,10 +19,11 @@ import trio
 from capsule.cli import stdio
 from capsule.cli.failures import Failure, say
 from capsule.cli.finding import find
-from capsule.cli.output import as_document, json_option, write
+from capsule.cli.output import as_document, as_text, json_option, write
 from capsule.cli.places import Place, PlaceType
 from capsule.cli.progress import Progress
 from capsule.cli.running import Command, run
+from capsule.cli.signalling import heeded
 from capsule.client import ApiError, Transfer, TrioClient
 from capsule.client.files import TrioFiles
 
@@ -44,8 +45,9 @@ def cp(*, sources: Sequence[Place], target: Place, recursive: bool, quiet: bool,
     it has arrived and its SHA-256 is right.
     """
     _check(sources, target)
-    standard = target.standard or any(source.standard for source in sources)
-    if standard:  # nothing is half there on our side; and a read from a terminal cannot be called off
+    standard = any(place.standard or _is_special(place) for place in (*sources, target))
+    if standard and heeded("SIGINT"):
+        # Nothing is half there on our side; and a pipe or terminal that stands still cannot be called off.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     async def action(capsule: TrioClient) -> int:
@@ -145,8 +147,9 @@ class Copier:
             more = ", …" if len(done.skipped) > SHOWN else ""
             say(f"{source}: left out as unsafe here: {', '.join(done.skipped[:SHOWN])}{more}")
         if self.as_json:
-            document = {"source": str(source), "target": str(target), "bytes": done.bytes, "sha256": done.sha256}
-            text = as_document({**document, "skipped": done.skipped})
+            names = {"source": as_text(str(source)), "target": as_text(str(target))}
+            skipped = [as_text(name) for name in done.skipped]
+            text = as_document({**names, "bytes": done.bytes, "sha256": done.sha256, "skipped": skipped})
             sys.stderr.write(text + "\n") if target.standard else write(text)
 
 
@@ -182,6 +185,11 @@ def replaceable(path: str) -> bool:
         return True
 
 
+def _is_special(place: Place) -> bool:
+    """A pipe or a device on this machine."""
+    return place.sandbox is None and local_kind(place.path) == "file" and not replaceable(place.path)
+
+
 @contextmanager
 def opened(target: int | str, mode: Literal["rb", "wb"]) -> Iterator[BinaryIO]:
     """A descriptor of ours, or a pipe or device. Input as it comes, output whole."""
@@ -210,7 +218,11 @@ async def _watch_signals(
 ) -> None:
     """What is half there is removed before we end."""
     ended: list[int] = []
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as received:
+    watched = heeded("SIGTERM", "SIGHUP")
+    if not watched:
+        task_status.started(ended)
+        return
+    with trio.open_signal_receiver(*watched) as received:
         task_status.started(ended)
         async for number in received:
             ended.append(number)

@@ -13,7 +13,7 @@ from capsule.cli import stdio
 from capsule.cli.escapes import Escapes
 from capsule.cli.failures import Failure, say
 from capsule.cli.finding import SandboxId, find
-from capsule.cli.output import json_option, show
+from capsule.cli.output import json_option, printable, show
 from capsule.cli.pairs import Pair, as_mapping
 from capsule.cli.piping import Pipe
 from capsule.cli.processes import named
@@ -82,7 +82,7 @@ def exec_(
             terminal = Session(sandbox, partial(_terminal_again, sandbox), owned=not detach, escapes=escapes)
             cols, rows = terminal.local.size()
             opening = sandbox.terminal(*program, cols=cols, rows=rows, envs=_with_term(variables), cwd=cwd, user=user)
-            return await (_leave_terminal(opening) if detach else _show(terminal, opening))
+            return await (_leave_terminal(opening, as_json=as_json) if detach else _show(terminal, opening))
         stream = sandbox.stream(
             *program, envs=variables, cwd=cwd, user=user, timeout_sec=timeout, detach=detach, tag=tag
         )
@@ -131,9 +131,9 @@ async def _show(session: Session, opening: AbstractAsyncContextManager[Terminal]
     return end.code
 
 
-async def _leave_terminal(opening: AbstractAsyncContextManager[Terminal]) -> int:
+async def _leave_terminal(opening: AbstractAsyncContextManager[Terminal], *, as_json: bool) -> int:
     async with opening as terminal:
-        show(None, as_json=False, text=terminal.tag)
+        show({"pid": terminal.pid, "tag": terminal.tag}, as_json=as_json, text=printable(terminal.tag))
     return 0
 
 
@@ -141,7 +141,7 @@ async def _leave(opening: AbstractAsyncContextManager[LiveProcess], *, keep_open
     async with opening as process:
         if not keep_open:
             await process.end()
-        show({"pid": process.pid, "tag": process.tag}, as_json=as_json, text=str(process.tag or process.pid))
+        show({"pid": process.pid, "tag": process.tag}, as_json=as_json, text=printable(str(process.tag or process.pid)))
     return 0
 
 

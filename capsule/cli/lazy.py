@@ -12,6 +12,9 @@ import click
 
 from capsule.cli.failures import INTERRUPTED, Failure
 
+NOT_EVERYWHERE = frozenset({"termios", "tty", "fcntl", "pwd", "grp", "resource"})
+"""Python's own, of Unix: nothing to install brings them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
@@ -53,6 +56,8 @@ class LazyGroup(click.Group):
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] in {"agent", "capsule"}:
                 raise
+            if error.name in NOT_EVERYWHERE:
+                raise Failure(f"`capsule {cmd_name}` does not work on this system: it has no {error.name}") from error
             raise Failure(
                 f"`capsule {cmd_name}` needs {error.name}, which is not installed: pip install 'capsule[{entry.extra}]'"
             ) from error

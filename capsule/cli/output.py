@@ -19,6 +19,11 @@ def as_document(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
+def as_text(name: str) -> str:
+    """The name of a file as JSON can have it: bytes in it that are not UTF-8 are replaced."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def show(value: Any, *, as_json: bool, text: str) -> None:
     """One answer: `value` as JSON, or `text`."""
     write(as_document(value) if as_json else text)

@@ -17,9 +17,10 @@ from capsule.cli.failures import Failure, say
 from capsule.cli.output import chunk_line
 from capsule.cli.patience import Patience, is_loss
 from capsule.cli.processes import exit_line
+from capsule.cli.signalling import heeded
 from capsule.client import CapsuleError, ExitStatus, LiveProcess
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 INSISTENT = 3
 """So often SIGINT or SIGTERM must come until we leave a process that takes no notice; as docker does."""
 
@@ -113,7 +114,7 @@ class Pipe:
 
     async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         counted: Counter[int] = Counter()
-        with trio.open_signal_receiver(*FORWARDED) as received:
+        with trio.open_signal_receiver(*heeded(*FORWARDED)) as received:
             task_status.started()
             async for number in received:
                 counted[number] += 1

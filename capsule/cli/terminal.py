@@ -20,13 +20,14 @@ from capsule.cli.escapes import Action, Escapes
 from capsule.cli.failures import BROKEN_PIPE, OWN_FAILURE
 from capsule.cli.local_terminal import LEAVE_MODES, LocalTerminal
 from capsule.cli.patience import Patience, is_loss
+from capsule.cli.signalling import heeded
 from capsule.client import CapsuleError, Terminal, TrioSandbox
 
 Opening: TypeAlias = AbstractAsyncContextManager[Terminal]
 
 INTERRUPT = 0x03
 INTERRUPTS_TO_GIVE_UP = 3
-HANGUPS = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+HANGUPS = ("SIGHUP", "SIGTERM", "SIGINT")
 """Of us, from outside: Ctrl-C is a key as any other in a raw terminal."""
 HANGUP_GRACE = 2.0
 """Seconds that a shell has after SIGHUP; then it is killed."""
@@ -79,9 +80,9 @@ class Session:
         keys, typed = trio.open_memory_channel[bytes](KEYS_AHEAD)
         async with trio.open_nursery() as nursery, opening as terminal:
             self._connected(terminal)
+            await nursery.start(self._watch_signals)  # before: a signal must not end us in raw mode
             with ExitStack() as restored:
                 restored.enter_context(self.local.raw())
-                await nursery.start(self._watch_signals)
                 nursery.start_soon(self._watch_keys, keys)
                 nursery.start_soon(self._send_keys, typed)
                 nursery.start_soon(self._keep_size)
@@ -184,12 +185,12 @@ class Session:
     # signals
 
     async def _watch_signals(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        watched = (signal.SIGWINCH, signal.SIGCONT, *HANGUPS)
-        with trio.open_signal_receiver(*watched) as signals:
+        hangups = heeded(*HANGUPS)
+        with trio.open_signal_receiver(signal.SIGWINCH, signal.SIGCONT, *hangups) as signals:
             self._resized.set()  # it may have changed while we connected
             task_status.started()
             async for number in signals:
-                if number in HANGUPS:
+                if number in hangups:
                     self._deaf = self._deaf or number == signal.SIGHUP
                     self._ask_for_end(End(128 + number))
                     continue
