@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -31,6 +32,8 @@ def show(value: Any, *, as_json: bool, text: str) -> None:
 
 def write(text: str) -> None:
     """A line on stdout, at once: a broken pipe is noticed here, and not when the interpreter ends."""
+    if sys.stdout is None:  # closed when we were started
+        raise OSError(errno.EBADF, "our output is closed")
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

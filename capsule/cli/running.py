@@ -12,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 import trio
 
+from capsule.cli import stdio
 from capsule.cli.failures import BROKEN_PIPE, OWN_FAILURE, say
 from capsule.client import CapsuleError, TrioClient
 
@@ -25,6 +26,7 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call it."""
+        stdio.hold_places()
         with failures_in_a_line():
             return super().invoke(ctx)
 

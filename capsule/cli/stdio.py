@@ -45,6 +45,16 @@ async def write_all(fd: int, data: bytes) -> None:
         view = view[written:]
 
 
+def hold_places() -> None:
+    """A standard stream that is closed must not become the next thing that we open, such as a connection: then our
+    output would go there. In its place something that fails as a closed one does."""
+    for fd, wrong_way in ((STDIN, os.O_WRONLY), (STDOUT, os.O_RDONLY), (STDERR, os.O_RDONLY)):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, wrong_way)  # the lowest number that is free: this one
+
+
 def is_terminal(fd: int) -> bool:
     """Whether somebody sits there. False for a descriptor that is closed."""
     return os.isatty(fd)

@@ -34,6 +34,24 @@ async def test_nohup_holds(started, until, platform):
     assert (process.returncode, out) == (0, b"still\n")
 
 
+@pytest.mark.parametrize(
+    ("closed", "words", "code", "seen"),
+    [
+        (0, ("exec", SB, "--", "sh", "-c", "cat; echo end"), 0, (b"end\n", b"")),
+        (1, ("exec", SB, "--", "echo", "x"), 125, (b"", b"capsule: Bad file descriptor\n")),
+        (1, ("sandbox", "ls"), 125, (b"", b"capsule: our output is closed\n")),
+        (2, ("exec", SB, "--", "sh", "-c", "echo err >&2"), 125, (b"", b"")),
+    ],
+)
+async def test_a_stream_that_is_closed_is_nothing_else(started, closed, words, code, seen):
+    """`<&-`, `>&-`: never the connection to the server, which would have the lowest number that is free."""
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = started(*words, preexec_fn=lambda: os.close(closed), **pipes)
+    with trio.fail_after(20):
+        found = await trio.to_thread.run_sync(process.communicate, abandon_on_cancel=True)
+    assert (process.returncode, found) == (code, seen)
+
+
 @pytest.mark.parametrize("arguments", [(f"{SB}:/x", "pipe"), ("pipe", f"{SB}:/x")])
 async def test_a_pipe_that_stands_still_can_be_interrupted(started, platform, tmp_path, until, arguments):
     """Nobody reads it, or writes to it: Ctrl-C ends us all the same."""
