@@ -139,6 +139,22 @@ async def platform(tmp_path):
 
 
 @pytest.fixture
+def level():
+    """Waits until a count stands still for `still` seconds, bounded; the count."""
+
+    async def wait(count, limit=20, still=0.5):
+        with trio.fail_after(limit):
+            seen, since = count(), trio.current_time()
+            while trio.current_time() - since < still:
+                await trio.sleep(0.01)
+                if seen != (seen := count()):
+                    since = trio.current_time()
+            return seen
+
+    return wait
+
+
+@pytest.fixture
 def until():
     """Waits for a level, bounded."""
 

@@ -54,7 +54,7 @@ async def _fail_inside(platform, until):
         raise KeyError("mine")
 
 
-async def test_a_reader_that_stands_still_stops_the_process(platform, until):
+async def test_a_reader_that_stands_still_stops_the_process(platform, until, level):
     """What is not read stays in the process: no more than the buffers of the way are taken from it."""
     async with platform.sandbox.stream("flood") as process, trio.open_nursery() as nursery:
         fake = await playing(platform, until)
@@ -68,22 +68,19 @@ async def test_a_reader_that_stands_still_stops_the_process(platform, until):
             fake.finish()
 
         nursery.start_soon(flood)
-        seen = -1
-        while seen != taken:
-            seen = taken
-            await trio.sleep(0.3)
-        assert 0 < taken < 300
+        await until(lambda: taken)
+        assert 0 < await level(lambda: taken) < 300
         assert (await process.wait()).exit_code == 0
         assert process.received == 1000 * 65536
 
 
-async def test_a_signal_overtakes_input_that_waits(platform, until):
+async def test_a_signal_overtakes_input_that_waits(platform, until, level):
     """A process that reads nothing, and a socket full of input: the signal goes another way."""
     async with platform.sandbox.stream("sleep") as process, trio.open_nursery() as nursery:
         fake = await playing(platform, until)
         fake.reads = trio.Event()
         nursery.start_soon(process.send, bytes(32 * 1024 * 1024))
-        await trio.sleep(0.5)
+        await level(lambda: len(fake.received), still=0.2)
         platform.sandboxes.run(42)
         with trio.fail_after(5):
             await process.signal("SIGTERM")
