@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 8
 """In a row that bring nothing."""
+
+BATCH_BYTES = 512 * 1024
+BATCH_SECONDS = 0.1
+"""So much is collected for one write: a hop to a thread costs more than the copy."""
 
 READ_TIMEOUT = 90.0
 PARTIAL = 206
@@ -95,9 +99,9 @@ class Download:
             "POST", self._route, body=self._body, headers=headers, read_timeout=READ_TIMEOUT
         ) as response:
             await self._begin(response)
-            async with aclosing(chunks(response)) as pieces:
-                async for piece in pieces:
-                    await trio.to_thread.run_sync(self._write, piece)
+            async with aclosing(chunks(response)) as pieces, aclosing(_batches(pieces)) as batches:
+                async for batch in batches:
+                    await trio.to_thread.run_sync(self._write, batch)
                     if self._on_progress is not None:
                         self._on_progress(self._done, self._size)
         if self._size is not None and self._done != self._size:
@@ -126,6 +130,27 @@ class Download:
         self._target.seek(0)
         self._target.truncate()
         self._digest, self._done = hashlib.sha256(), 0
+
+
+async def _batches(pieces: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """What came within a moment, as one; also what came before it broke off."""
+    held: list[bytes] = []
+    size, began = 0, trio.current_time()
+    lost: ConnectionLost | None = None
+    try:
+        async for piece in pieces:
+            held.append(piece)
+            size += len(piece)
+            if size >= BATCH_BYTES or trio.current_time() - began >= BATCH_SECONDS:
+                yield b"".join(held)
+                held.clear()
+                size, began = 0, trio.current_time()
+    except ConnectionLost as exc:
+        lost = exc
+    if held:
+        yield b"".join(held)
+    if lost is not None:
+        raise lost
 
 
 @asynccontextmanager

@@ -17,7 +17,8 @@ WRITE_TIMEOUT = 30.0
 """Seconds a client may take to accept the next WRITE_BYTES. hypercorn shields its writes from cancellation, so without
 this a client that stops reading would keep its connection, its handler and our shutdown for ever."""
 
-WRITE_BYTES = 64 * 1024
+WRITE_BYTES = 65 * 1024
+"""What comes from a host in one piece (64 KiB), with the head of a message or chunk: it leaves in one piece, too."""
 
 CLIENT = "capsule.client"
 """A request's ClientStream in its scope's `state`, which is where ASGI has what belongs to the connection."""
