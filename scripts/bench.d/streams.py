@@ -1,5 +1,8 @@
 """Streams into real VMs: a terminal's echo beside ssh to a local sshd, alone and beside a flood; output, upload and
-download beside raw TCP into the same guest. Everything goes through the Python client, as a user's program would."""
+download beside raw TCP into the same guest. Everything goes through the Python client, as a user's program would.
+
+    streams.py [terminals] [throughput]
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import asynccontextmanager, suppress
@@ -163,8 +167,9 @@ async def flood(sandbox, *, task_status) -> None:
 
 
 async def attached(sandbox, *, task_status) -> None:
-    """A process that does nothing, with somebody attached."""
-    async with sandbox.stream("cat", []):
+    """A process that does nothing any more, with somebody attached."""
+    async with sandbox.stream("echo; exec cat") as process:
+        await anext(process)  # while it starts it is busy: hundreds of them for seconds
         task_status.started()
         await trio.sleep_forever()
 
@@ -225,17 +230,18 @@ async def throughput(sandbox, address: str) -> None:
     show("download of a file", statistics.median(down), "MB/s", statistics.median(out), "raw TCP (goal >= 0.5)")
 
 
-async def main() -> None:
-    """All of it, in order."""
+async def main(parts: set[str]) -> None:
+    """All of it, or these parts, in order."""
     with platform() as (_, told):
-        ssh = await ssh_echo()
         with user(told) as api:
             made = api.post("/sandboxes", json={}).raise_for_status().json()
         async with TrioClient(url=told["url"], api_key=told["api_key"]) as capsule:
             sandbox = await capsule.sandboxes.get(made["id"])
-            await terminals(sandbox, ssh)
-            await throughput(sandbox, made["host_ip"])
+            if "terminals" in parts:
+                await terminals(sandbox, await ssh_echo())
+            if "throughput" in parts:
+                await throughput(sandbox, made["host_ip"])
 
 
 if __name__ == "__main__":
-    trio.run(main)
+    trio.run(main, set(sys.argv[1:]) or {"terminals", "throughput"})
