@@ -42,7 +42,7 @@ def cp(*, sources: Sequence[Place], target: Place, recursive: bool, quiet: bool,
     or output.
 
     Into a directory that exists, under the source's name; else as TARGET. A file is replaced in one step, when all of
-    it has arrived and its SHA-256 is right.
+    it has arrived; an upload's SHA-256 is compared with the sandbox's.
     """
     _check(sources, target)
     standard = any(place.standard or _is_special(place) for place in (*sources, target))
