@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from capsule.client.answers import (
     ApiKey,
     Chunk,
@@ -19,7 +22,6 @@ from capsule.client.answers import (
     Template,
     Transfer,
 )
-from capsule.client.client import BlockingProcess, BlockingTerminal, BlockingWatch, Client, Sandbox
 from capsule.client.errors import (
     ApiError,
     CapsuleError,
@@ -46,6 +48,17 @@ from capsule.client.sandboxes import TrioSandbox
 from capsule.client.terminals import Terminal
 from capsule.client.trio_client import TrioClient
 from capsule.client.watches import Watch
+
+if TYPE_CHECKING:
+    from capsule.client.client import BlockingProcess, BlockingTerminal, BlockingWatch, Client, Sandbox
+else:  # type checkers must not take every other name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """What plain code uses, imported when it is asked for: Trio programs and the command line go without anyio."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("capsule.client.client"), name)
+
 
 __all__ = [
     "ApiError",
