@@ -117,6 +117,7 @@ class Transport:
             headers={"Idempotency-Key": key or str(uuid4())},
             read_timeout=read_timeout,
             again=True,
+            patience=read_timeout,
         )
         return decode(response.content, answer)
 
@@ -130,12 +131,14 @@ class Transport:
         headers: Mapping[str, str] | None = None,
         read_timeout: float = READ_TIMEOUT,
         again: bool = False,
+        patience: float = 0,
         content: Content | None = None,
     ) -> httpx.Response:
         """The whole answer, which is a success. ApiError for another, ConnectionLost.
 
-        Sent again, if it may be: after a lost connection, and after a 503 that says when."""
-        attempt = 0
+        Sent again, if it may be: after a lost connection, and after a 503 that says when. `patience`: seconds in
+        which any number of `busy` is taken, for what a lost request has begun is being made."""
+        attempt, began = 0, trio.current_time()
         while True:
             attempt += 1
             try:
@@ -149,6 +152,8 @@ class Transport:
                 if isinstance(exc, Unavailable):
                     delay = max(delay, exc.retry_after or 0)
                     again = again and exc.retry_after is not None and delay <= MAX_RETRY_AFTER
+                    if exc.code == "busy" and trio.current_time() + delay < began + patience:
+                        attempt = min(attempt, ATTEMPTS - 1)
                 if not again or attempt >= ATTEMPTS:
                     raise
             await trio.sleep(delay)

@@ -121,6 +121,30 @@ async def test_patience_ends(platform, quick, monkeypatch):
     assert len(slept) == 3
 
 
+async def test_what_a_lost_create_has_begun_is_waited_for(platform, quick, monkeypatch):
+    """The server says `busy` while it makes the sandbox: longer than a few attempts, and not for ever."""
+    asked, slept = [], []
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    async def busy(*_):
+        asked.append(True)
+        if len(asked) < 10:
+            raise server.Busy("still being made", retry_after=5)
+
+    monkeypatch.setattr("capsule.client.transport.trio.sleep", sleep)
+    monkeypatch.setattr("capsule.client.transport.trio.current_time", lambda: sum(slept))
+    platform.sandboxes._enter = busy
+    assert (await platform.client.sandboxes.create()).status == "running"
+    assert len(asked) == 10
+    slept.clear()
+    platform.sandboxes._enter = lambda *_: busy(asked.clear())
+    with pytest.raises(Unavailable):
+        await platform.client.sandboxes.create()
+    assert 140 <= sum(slept) <= 170
+
+
 async def test_a_server_that_is_not_there_is_named_so(quick):
     """A closed port: ConnectionLost, after a few attempts."""
     async with TrioClient("http://127.0.0.1:9", "cap_" + "0" * 40) as client:
