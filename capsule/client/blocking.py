@@ -129,7 +129,7 @@ def _serve(opened: Future[_Opened]) -> None:
 
     async def serve() -> None:
         closing = trio.Event()
-        async with trio.open_nursery() as nursery, BlockingPortal() as portal:
+        async with BlockingPortal() as portal, trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when, closing, portal)
             opened.set_result((portal, trio.lowlevel.current_trio_token(), closing))
             await portal.sleep_until_stopped()
@@ -137,9 +137,9 @@ def _serve(opened: Future[_Opened]) -> None:
     try:
         trio.run(serve)
     except BaseException as exc:
-        if opened.done():
-            raise
-        opened.set_exception(exc)
+        if not opened.done():
+            opened.set_exception(exc)
+        raise
 
 
 async def _stop_when(closing: trio.Event, portal: BlockingPortal) -> None:
