@@ -1,7 +1,14 @@
+import signal
+
 from hypothesis import settings
 
 settings.register_profile("noisy", deadline=None)  # machines are noisy: no example fails for its time
 settings.load_profile("noisy")
+
+# Of a run in the background (`&`, nohup) the shell has these ignored, and so would every program under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest_plugins = [
     "tests.fixtures.postgres",
