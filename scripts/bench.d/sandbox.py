@@ -9,13 +9,13 @@ import struct
 import subprocess
 import tempfile
 import time
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from uuid import UUID
 
 import httpx
 import trio
+from raw_tcp import raw_tcp, sink, wait_for_sink
 from stage import connected, platform, show, user
 
 from agent.actor.peer import OpenerPeer
@@ -31,20 +31,6 @@ IMAGES = Path(os.environ.get("CAPSULE_AGENT_IMAGES", "/var/lib/capsule/images"))
 CREATES = 5
 EXECS = 100
 FILE_MB = 64
-SINK_PORT = 6000
-SINK = f"""
-import socket
-listener = socket.create_server(("", {SINK_PORT}))
-while True:
-    peer, _ = listener.accept()
-    kind = peer.recv(1)
-    if kind == b"s":
-        while peer.recv(1 << 20): pass
-    else:
-        block = bytes(1 << 20)
-        for _ in range({FILE_MB}): peer.sendall(block)
-    peer.close()
-"""
 
 
 def percentiles(name: str, seconds: list[float], base: float | None = None, what: str = "") -> float:
@@ -150,34 +136,15 @@ async def execs(api: httpx.Client, sandbox: dict, links: HostLinks, guest: Opene
     percentiles("exec through HTTP", await timed(through_http, EXECS), base, "guest alone")
 
 
-async def raw_tcp(address: str, kind: bytes) -> float:
-    """MB/s of a bare TCP connection with a Python program in the guest."""
-    stream = await trio.open_tcp_stream(address, SINK_PORT)
-    began = time.perf_counter()
-    await stream.send_all(kind)
-    if kind == b"s":
-        block = bytes(1 << 20)
-        for _ in range(FILE_MB):
-            await stream.send_all(block)
-        await stream.send_eof()
-    received = 0
-    while data := await stream.receive_some(1 << 20):
-        received += len(data)
-    await stream.aclose()
-    return FILE_MB * 1.048576 / (time.perf_counter() - began)
-
-
 async def files(api: httpx.Client, sandbox: dict, guest: OpenerPeer) -> None:
     """Upload and download through HTTP, beside raw TCP into the same guest and the guest daemon alone."""
     url = f"/sandboxes/{sandbox['id']}"
-    api.post(f"{url}/exec", json={"cmd": "python3", "args": ["-c", SINK], "background": True}).raise_for_status()
-    while True:
-        with suppress(OSError):
-            await raw_tcp(sandbox["host_ip"], b"s")
-            break
-        await trio.sleep(0.1)
-    up = statistics.median([await raw_tcp(sandbox["host_ip"], b"s") for _ in range(3)])
-    down = statistics.median([await raw_tcp(sandbox["host_ip"], b"r") for _ in range(3)])
+    api.post(
+        f"{url}/exec", json={"cmd": "python3", "args": ["-c", sink(FILE_MB)], "background": True}
+    ).raise_for_status()
+    await wait_for_sink(sandbox["host_ip"], FILE_MB)
+    up = statistics.median([await raw_tcp(sandbox["host_ip"], b"s", FILE_MB) for _ in range(3)])
+    down = statistics.median([await raw_tcp(sandbox["host_ip"], b"r", FILE_MB) for _ in range(3)])
     content = os.urandom(1 << 20) * FILE_MB
     size = len(content) / 1e6
 

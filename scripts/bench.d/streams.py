@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
+from raw_tcp import raw_tcp, sink, wait_for_sink
 from stage import platform, show, user
 
 from capsule.client import TrioClient
@@ -25,23 +26,9 @@ ECHOES = 400
 STREAMS = 200
 SIZE_MB = 128
 TRIES = 3
-SINK_PORT = 6000
 SSH_PORT = 2222
 RAW = "stty raw -echo; exec cat"
 """A terminal whose every byte comes back through a process."""
-SINK = f"""
-import socket
-listener = socket.create_server(("", {SINK_PORT}))
-while True:
-    peer, _ = listener.accept()
-    kind = peer.recv(1)
-    if kind == b"s":
-        while peer.recv(1 << 20): pass
-    else:
-        block = bytes(1 << 20)
-        for _ in range({SIZE_MB}): peer.sendall(block)
-    peer.close()
-"""
 
 
 def percentiles(name: str, seconds: list[float], base: tuple[float, float] | None = None, what: str = "", goal=None):
@@ -174,22 +161,6 @@ async def attached(sandbox, *, task_status) -> None:
         await trio.sleep_forever()
 
 
-async def raw_tcp(address: str, kind: bytes) -> float:
-    """MB/s of a bare TCP connection with a Python program in the guest."""
-    stream = await trio.open_tcp_stream(address, SINK_PORT)
-    began = time.perf_counter()
-    await stream.send_all(kind)
-    if kind == b"s":
-        block = bytes(1 << 20)
-        for _ in range(SIZE_MB):
-            await stream.send_all(block)
-        await stream.send_eof()
-    while await stream.receive_some(1 << 20):
-        pass
-    await stream.aclose()
-    return SIZE_MB * 1.048576 / (time.perf_counter() - began)
-
-
 async def output(sandbox) -> float:
     """MB/s of a process that prints."""
     began, count = time.perf_counter(), 0
@@ -203,19 +174,15 @@ async def output(sandbox) -> float:
 
 async def throughput(sandbox, address: str) -> None:
     """In turns, so that a busy machine is busy for all of them."""
-    await sandbox.start("python3", ["-c", SINK])
-    while True:
-        with suppress(OSError):
-            await raw_tcp(address, b"s")
-            break
-        await trio.sleep(0.1)
+    await sandbox.start("python3", ["-c", sink(SIZE_MB)])
+    await wait_for_sink(address, SIZE_MB)
     into, out, printed, up, down = [], [], [], [], []
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         local, back = Path(name) / "local", Path(name) / "back"
         local.write_bytes(os.urandom(1 << 20) * SIZE_MB)
         for _ in range(TRIES):
-            into.append(await raw_tcp(address, b"s"))
-            out.append(await raw_tcp(address, b"r"))
+            into.append(await raw_tcp(address, b"s", SIZE_MB))
+            out.append(await raw_tcp(address, b"r", SIZE_MB))
             printed.append(await output(sandbox))
             began = time.perf_counter()
             await sandbox.files.upload(local, "/root/blob")
