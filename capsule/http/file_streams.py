@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from capsule.http.stream_ports import StreamService
     from capsule.model import FileContent
 
+TAR = "application/x-tar"
+
 RECHECK_SECONDS = 30.0
 """How long a transfer goes on after its client has lost the right to it."""
 
@@ -50,7 +52,13 @@ STREAM_FORM = {
         "description": "The content, of any size if `path` comes before it; else it has to wait in our spool.",
     },
 }
-"""The part `format` is optional, which the form's schema cannot say: it is in the description."""
+OPTIONAL_PARTS = {
+    "format": {
+        "type": "string",
+        "enum": ["raw", "tar"],
+        "description": "`tar`: unpack it into the directory `path`. Before `file`, if `path` is.",
+    }
+}
 
 
 class ReadStreamBody(Struct, kw_only=True, forbid_unknown_fields=True):
@@ -78,6 +86,7 @@ def _write(handlers: FileStreamHandlers) -> Operation[Any, Any]:
         "`format`, may say `tar`: the archive is unpacked into the directory `path`, once all of it has come.",
         tag="files",
         form=STREAM_FORM,
+        optional_form=OPTIONAL_PARTS,
         successes=(
             Success(
                 status=204,
@@ -104,7 +113,14 @@ def _read(handlers: FileStreamHandlers) -> Operation[Any, Any]:
         tag="files",
         body=ReadStreamBody,
         successes=(
-            Success(status=200, description="All of it.", media_type=octets, raw=True, headers=versioned),
+            Success(
+                status=200,
+                description="All of it.",
+                media_type=octets,
+                or_media_type=TAR,
+                raw=True,
+                headers=versioned,
+            ),
             Success(
                 status=206,
                 description="The range that was asked for.",
@@ -148,7 +164,7 @@ class FileStreamHandlers:
         if call.body.format == "tar":
             reading = self._service.read_archive(call.principal, call.sandbox, path)
             chunks = await call.request.cleanup.enter_async_context(reading)
-            return await _answer(call, chunks, None, "application/x-tar")
+            return await _answer(call, chunks, None, TAR)
         # Open until the answer is sent: the connection's stack closes it, in this same task.
         stack = await call.request.cleanup.enter_async_context(AsyncExitStack())
         wanted = ranges.parse(call.request.single_header("Range"))

@@ -161,7 +161,7 @@ def _request_body(row: Operation[Any, Any]) -> dict[str, Any]:
         return {"required": not row.body_optional, "content": {"application/json": {"schema": schema}}}
     schema = {
         "type": "object",
-        "properties": dict(row.form),
+        "properties": {**row.form, **row.optional_form},
         "required": list(row.form),
         "additionalProperties": False,
     }
@@ -212,7 +212,7 @@ def _success(success: Success) -> dict[str, Any]:
     headers = {name: {"description": text, "schema": {"type": "string"}} for name, text in success.headers.items()}
     described: dict[str, Any] = {"description": success.description, "headers": {**REQUEST_ID, **headers}}
     if success.raw:
-        described["content"] = {success.media_type: {}}
+        described["content"] = {name: {} for name in (success.media_type, success.or_media_type) if name}
     elif success.body is not None:
         described["content"] = {success.media_type: {"schema": _schema_of(success.body)}}
     return described

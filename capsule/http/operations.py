@@ -65,12 +65,13 @@ Handler = Callable[[Call[B, Q]], Awaitable[TrioResponse]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Success:
     """One way to succeed. `body`: a struct (or list of them) sent as JSON, None for nothing; `raw`: bytes of
-    `media_type` instead. `headers`: name → description of headers worth knowing."""
+    `media_type` instead, or of `or_media_type`. `headers`: name → description of headers worth knowing."""
 
     status: int
     description: str
     body: Any = None
     media_type: str = "application/json"
+    or_media_type: str = ""
     raw: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,8 +83,8 @@ class Operation(Generic[B, Q]):
     `path` is a template such as `/v1/sandboxes/{sandbox_id}`. `alias_of`: the operation that this is under another
     path; who may do it is that one's row in `capsule.auth.access`. `body`: struct of the JSON body, None for none;
     `body_optional`: an empty body is an empty object. `form`: multipart parts (name → JSON schema) that the handler
-    reads itself; `lenient_query`: so it does with the query string, and refuses nothing in it. `errors`: what the
-    use-case can raise; those every operation has are added by the document.
+    reads itself, `optional_form`: those that need not come; `lenient_query`: so it does with the query string, and
+    refuses nothing in it. `errors`: what the use-case can raise; those every operation has are added by the document.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Operation(Generic[B, Q]):
     body: type[msgspec.Struct] | None = None
     body_optional: bool = False
     form: Mapping[str, Any] = field(default_factory=dict)
+    optional_form: Mapping[str, Any] = field(default_factory=dict)
     query: type[msgspec.Struct] | None = None
     lenient_query: bool = False
     idempotent: bool = False
