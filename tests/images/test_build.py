@@ -175,7 +175,7 @@ def test_bootstrap_command() -> None:
     """Without sources of the host the command names no mirror, so that mmdebstrap takes Debian's own."""
     command = bootstrap_command(MINIMAL, "trixie", Path("/store/tree"), [], [])
     assert command[-2:] == ["trixie", "/store/tree"]
-    assert "--include=python3,iproute2,ca-certificates,procps,curl" in command
+    assert "--include=python3,iproute2,ca-certificates,procps,curl,vim-tiny" in command
     command = bootstrap_command(MINIMAL, "trixie", Path("/t"), ["deb http://m.test trixie main"], ['Acquire::x "1";'])
     assert command[-1] == "deb http://m.test trixie main"
     assert '--aptopt=Acquire::x "1";' in command

@@ -89,6 +89,7 @@ def test_a_zombie_is_not_a_running_process(sleeper):
 
 async def test_descriptors_are_given_back(sleeper):
     """Neither waiting nor being dropped leaks one."""
+    gc.collect()  # what tests before this one have left
     before = pidfds()
     for _ in range(5):
         watched = WatchedProcess.open(read_identity(sleeper.pid))
