@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import trio
 
 from agent.wire.calls import CONTENT_CHANNEL, NOTICE_CHANNEL
 from agent.wire.faults import Fault
 from capsule import errors
 from capsule.sandboxes import guest
 from capsule.sandboxes.failures import as_error
+from capsule.sandboxes.flow import content, first_notice
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -47,13 +46,9 @@ class Files:
     async def read(self, placed: Placed, path: str) -> AsyncIterator[tuple[int | None, AsyncIterator[bytes]]]:
         """The file's size when known, and its bytes."""
         async with self._stream(placed, "files.read", {"path": path}) as stream:
-            first = await anext(stream, None)
-            if first is None:
-                await stream.reply()
-            if first is None or first[0] != NOTICE_CHANNEL:
-                raise guest.nonsense()
-            size = guest.notice(guest.Size, first[1]).size
-            yield size, _content(stream, size)
+            size = guest.notice(guest.Size, await first_notice(stream, CALL_SECONDS)).size
+            async with aclosing(content(stream, size)) as chunks:
+                yield size, chunks
 
     async def list(self, placed: Placed, path: str, depth: int) -> list[FileEntry]:
         """Entries below a directory."""
@@ -91,19 +86,3 @@ class Files:
                 yield stream
         except Fault as fault:
             raise as_error(fault, not_found=errors.FileNotFound) from fault
-
-
-async def _content(stream: OpenedStream, size: int | None) -> AsyncIterator[bytes]:
-    """Bytes to the end; raises when the file could not be read to its end, so that it never looks whole."""
-    count = 0
-    async for channel, data in stream:
-        if channel != CONTENT_CHANNEL:
-            await trio.lowlevel.checkpoint()
-            continue
-        count += len(data)
-        if size is not None and count > size:
-            raise guest.nonsense()
-        yield data
-    await stream.reply()
-    if size is not None and count < size:
-        raise guest.nonsense()

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from agent.wire.calls import CONTENT_CHANNEL, NOTICE_CHANNEL
 from capsule import errors
 from capsule.sandboxes import guest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from agent.actor.peer import OpenedStream
 
@@ -29,6 +30,32 @@ async def next_chunk(stream: OpenedStream, seconds: float) -> tuple[int, bytes] 
     with trio.move_on_after(seconds):
         return await anext(stream, None)
     raise _stalled(seconds)
+
+
+async def first_notice(stream: OpenedStream, seconds: float) -> bytes:
+    """The notice that comes first. Raises the guest's Fault when it refuses."""
+    first = await next_chunk(stream, seconds)
+    if first is None:
+        await stream.reply()
+    if first is None or first[0] != NOTICE_CHANNEL:
+        raise guest.nonsense()
+    return first[1]
+
+
+async def content(stream: OpenedStream, size: int | None) -> AsyncGenerator[bytes]:
+    """A file's bytes to the end; raises when it could not be read to its end, so that it never looks whole."""
+    count = 0
+    while (chunk := await next_chunk(stream, STALL_SECONDS)) is not None:
+        channel, data = chunk
+        if channel != CONTENT_CHANNEL:
+            continue
+        count += len(data)
+        if size is not None and count > size:
+            raise guest.nonsense()
+        yield data
+    await stream.reply()
+    if size is not None and count < size:
+        raise guest.nonsense()
 
 
 async def pour(

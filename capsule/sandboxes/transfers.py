@@ -19,7 +19,7 @@ from capsule.model import FileContent, FileEvent, FileEventKind, FileEvents
 from capsule.sandboxes import archives, guest
 from capsule.sandboxes.archives import Unpacking
 from capsule.sandboxes.failures import as_error
-from capsule.sandboxes.flow import FIRST_SECONDS, STALL_SECONDS, next_chunk, pour
+from capsule.sandboxes.flow import FIRST_SECONDS, content, first_notice, pour
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -79,12 +79,12 @@ class Transfers:
         if length is not None:
             body["length"] = length
         async with self._stream(placed, "files.read", body) as stream:
-            first = await _first(stream, FIRST_SECONDS)
+            first = await first_notice(stream, FIRST_SECONDS)
             opened = guest.notice(Opened, first)
             whole = opened.file_size
             if whole is None and not body.keys() - {"path"}:
                 whole = opened.size  # a guest of before, or a file that has no size to begin with
-            async with aclosing(_content(stream, opened.size)) as chunks:
+            async with aclosing(content(stream, opened.size)) as chunks:
                 yield FileContent(size=whole, version=opened.version(), chunks=chunks)
 
     async def write(self, placed: Placed, path: str, source: AsyncIterator[bytes], *, size: int | None) -> None:
@@ -125,7 +125,7 @@ class Transfers:
         """Watch a file or directory until it is gone; leaving ends it."""
         body = {"path": path, **({"recursive": True} if recursive else {})}
         async with self._stream(placed, "files.watch", body) as stream:
-            await _first(stream, WATCH_SECONDS)
+            await first_notice(stream, WATCH_SECONDS)
             async with aclosing(_events(stream)) as events:
                 yield events
 
@@ -137,32 +137,6 @@ class Transfers:
                 yield stream
         except Fault as fault:
             raise as_error(fault, not_found=errors.FileNotFound) from fault
-
-
-async def _first(stream: OpenedStream, seconds: float) -> bytes:
-    """The notice that comes first. Raises the guest's Fault when it refuses."""
-    first = await next_chunk(stream, seconds)
-    if first is None:
-        await stream.reply()
-    if first is None or first[0] != NOTICE_CHANNEL:
-        raise guest.nonsense()
-    return first[1]
-
-
-async def _content(stream: OpenedStream, size: int | None) -> AsyncGenerator[bytes]:
-    """Bytes to the end; raises when the file could not be read to its end, so that it never looks whole."""
-    count = 0
-    while (chunk := await next_chunk(stream, STALL_SECONDS)) is not None:
-        channel, data = chunk
-        if channel != CONTENT_CHANNEL:
-            continue
-        count += len(data)
-        if size is not None and count > size:
-            raise guest.nonsense()
-        yield data
-    await stream.reply()
-    if size is not None and count < size:
-        raise guest.nonsense()
 
 
 async def _again(first: bytes, rest: AsyncIterator[bytes]) -> AsyncGenerator[bytes]:
