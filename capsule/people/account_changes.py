@@ -49,11 +49,13 @@ class SignUp:
 
 async def earlier(connection: Connection, request: SignUp) -> UUID | None:
     """The account that this request made before; EmailTaken when another did; IdempotencyKeyReused."""
+    # The account first: one that is there by now has its key there, too, whoever commits between the two looks.
+    taken = await users.by_email(connection, request.email) is not None
     if request.idempotency_key is not None:
         claim = await idempotency.get(connection, request.owner_id, request.idempotency_key)
         if claim is not None:
             return _same_request(claim, request)
-    if await users.by_email(connection, request.email) is not None:
+    if taken:
         raise errors.EmailTaken(TAKEN)
     return None
 

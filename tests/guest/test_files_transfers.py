@@ -392,7 +392,6 @@ async def test_a_watch(transfers, tmp_path, monkeypatch):
 async def test_a_guest_that_stalls(transfers, tmp_path, monkeypatch, guest):
     """Ended, and said so, however long a transfer may take otherwise."""
     monkeypatch.setattr(flow, "STALL_SECONDS", 0.2)
-    monkeypatch.setattr("capsule.sandboxes.transfers.STALL_SECONDS", 0.2)
     path = tmp_path / "file"
     with path.open("wb") as file:
         file.truncate(1 << 30)

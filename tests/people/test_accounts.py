@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import threading
 import unicodedata
 from functools import partial
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from capsule.db.queries import idempotency, users
 from capsule.people.registration import default_team_name, email_address, small_letters
 from tests.fixtures.people import PASSWORD
 from tests.people.together import at_once, refusal
@@ -192,6 +196,32 @@ async def test_a_sign_up_sent_many_times_at_once(people):
     """One account, and each gets a session of it."""
     answers = await at_once(partial(sign_up_with_key, people) for _ in range(8))
     assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.json()["user_id"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("look", [(users, "by_email"), (idempotency, "get")])
+async def test_a_sign_up_while_the_same_one_commits(people, monkeypatch, look):
+    """Between the two looks of the later one, or before both: it finds the account and the key, or neither."""
+    module, name = look
+    real, looked, committed = getattr(module, name), threading.Event(), threading.Event()
+
+    async def held(*args):
+        found = await real(*args)
+        if not looked.is_set():
+            looked.set()
+            assert await asyncio.to_thread(committed.wait, 10)
+        return found
+
+    monkeypatch.setattr(module, name, held)
+
+    async def overtaking():
+        assert await trio.to_thread.run_sync(looked.wait, 10)
+        answer = await sign_up_with_key(people)
+        committed.set()
+        return answer
+
+    answers = await at_once([partial(sign_up_with_key, people), overtaking])
+    assert [answer.status_code for answer in answers] == [201, 201]
     assert len({answer.json()["user_id"] for answer in answers}) == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,12 +61,13 @@ def memory_file(process):
 
 
 def links(process):
-    """What a process has open, with its access mode."""
+    """What a process has open, with its access mode. It opens and closes meanwhile: what is gone again is left out."""
     found = {}
     for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-        info = Path(f"/proc/{process.pid}/fdinfo/{entry.name}").read_text()
-        flags = int(dict(line.split(":", 1) for line in info.splitlines())["flags"], 8)
-        found.setdefault(str(entry.readlink()), set()).add(flags & os.O_ACCMODE)
+        with suppress(FileNotFoundError):
+            target, info = entry.readlink(), Path(f"/proc/{process.pid}/fdinfo/{entry.name}").read_text()
+            flags = int(dict(line.split(":", 1) for line in info.splitlines())["flags"], 8)
+            found.setdefault(str(target), set()).add(flags & os.O_ACCMODE)
     return found
 
 
