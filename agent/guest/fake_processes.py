@@ -78,6 +78,7 @@ class FakeProcesses:
         reader, skipped = process.reader(body.get("offset"), observes=bool(body.get("observe")))
         named = {"tag": process.tag} if process.tag else {}
         said = {"pid": process.pid, **named, "pty": process.pty, "offset": reader.position, "skipped": skipped}
+        said |= {"replay": process.total - reader.position, "ended": process.reply is not None}
         await stream.send(msgspec.msgpack.encode(said), NOTICE_CHANNEL)
         return await process.serve(stream, reader)
 

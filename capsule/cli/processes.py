@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 import signal as signals
 
 import click
-import trio
 
 from capsule.cli import stdio
 from capsule.cli.failures import Failure, say
@@ -16,11 +14,6 @@ from capsule.cli.finding import SandboxId, find
 from capsule.cli.output import ago, as_document, chunk_line, json_option, show, table, write
 from capsule.cli.running import Command, run
 from capsule.client import ExitStatus, LiveProcess, ProcessInfo, TrioClient
-
-KEPT = 64 * 1024
-"""Bytes of output that a sandbox keeps of each detached process."""
-REPLAY_PAUSE = 0.5
-"""Seconds without output after which the replay of what is kept is over."""
 
 one_sandbox = click.argument("sandbox_id", metavar="SANDBOX", type=SandboxId())
 one_process = click.argument("process", metavar="PROCESS")
@@ -98,23 +91,18 @@ def signal_name(text: str) -> str:
 
 
 async def _print(process: LiveProcess, *, follow: bool, as_json: bool) -> ExitStatus | None:
-    """What it has written, and what it writes; how it ended, if it has. Without `follow` the replay alone: it has
-    come when it is as long as it can be, or has stopped coming."""
-    begin, skipped = process.received, process.skipped
-    while True:
-        with trio.move_on_after(math.inf if follow else REPLAY_PAUSE) as quiet:
-            chunk = await anext(process, None)
-        if quiet.cancelled_caught:
-            return None
+    """What it has written, and what it writes; how it ended, if it has. Without `follow` the replay alone."""
+    end, skipped = process.received + process.replay, process.skipped
+    while follow or process.ended or process.received < end:
+        chunk = await anext(process, None)
         if chunk is None:
-            return process.exit
+            break
         target = stdio.STDERR if chunk.stream == "stderr" and not as_json else stdio.STDOUT
         await stdio.write_all(target, chunk_line(chunk.stream, chunk.data) if as_json else chunk.data)
         if process.skipped > skipped:
             say(f"{process.skipped - skipped} bytes were left out: they came faster than they were taken")
             skipped = process.skipped
-        if not follow and process.received - begin >= KEPT:
-            return process.exit
+    return process.exit
 
 
 def _present(status: ExitStatus) -> dict[str, object]:

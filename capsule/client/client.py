@@ -49,6 +49,16 @@ class BlockingProcess(Iterable[LiveProcess, Chunk]):
         return self._inner.skipped
 
     @property
+    def replay(self) -> int:
+        """Bytes of output that had been written before you attached."""
+        return self._inner.replay
+
+    @property
+    def ended(self) -> bool:
+        """It had ended when you attached."""
+        return self._inner.ended
+
+    @property
     def exit(self) -> ExitStatus | None:
         """How it ended, when the output has been read to its end."""
         return self._inner.exit

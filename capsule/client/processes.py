@@ -24,7 +24,8 @@ class LiveProcess:
 
     `pid`, `tag`: its names. `terminal`: it has one; its output is all "stdout". `received`: bytes of output, from its
     beginning, that you have had; give it to `attach` as `offset`. `skipped`: bytes that you asked for and that are
-    kept no more. `exit`: how it ended, when the output has been read to its end.
+    kept no more. `replay`: how many bytes had been written before you attached and come first; `ended`: and they are
+    the last. `exit`: how it ended, when the output has been read to its end.
     """
 
     def __init__(self, transport: Transport, sandbox: str, socket: Socket, start: Mapping[str, Any]) -> None:
@@ -37,6 +38,8 @@ class LiveProcess:
         self.terminal = said.pty
         self.received = said.offset
         self.skipped = said.skipped
+        self.replay = said.replay
+        self.ended = said.ended
         self.exit: ExitStatus | None = None
 
     def __repr__(self) -> str:
@@ -112,6 +115,8 @@ class _Start(Struct):
     pty: bool = False
     offset: int = 0
     skipped: int = 0
+    replay: int = 0
+    ended: bool = False
 
 
 @asynccontextmanager

@@ -20,7 +20,7 @@ class ProcessStream(Protocol):
     """A process that somebody is attached to. One task may send, one may iterate, any may signal and resize.
 
     `offset`: output bytes before the first that comes here; `skipped`: of those, how many this attacher asked for and
-    did not get.
+    did not get; `replay`: how many from there on had been written when it attached; `ended`: they were its last.
     """
 
     pid: int
@@ -28,6 +28,8 @@ class ProcessStream(Protocol):
     terminal: bool
     offset: int
     skipped: int
+    replay: int
+    ended: bool
 
     async def send(self, data: bytes) -> None:
         """Bytes for its input; waits as long as it does not read. Bytes for a process that has ended are dropped."""

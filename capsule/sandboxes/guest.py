@@ -43,6 +43,8 @@ class Attached(msgspec.Struct, frozen=True):
     pty: bool = False
     offset: Count = 0
     skipped: Count = 0
+    replay: Count = 0
+    ended: bool = False
 
 
 class Skipped(msgspec.Struct, frozen=True):

@@ -56,6 +56,8 @@ class LiveProcess:
         self.terminal = attached.pty
         self.offset = attached.offset
         self.skipped = attached.skipped
+        self.replay = attached.replay
+        self.ended = attached.ended
         self._links = links
         self._placed = placed
         self._stream = stream

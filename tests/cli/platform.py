@@ -216,6 +216,7 @@ class Platform:
         observe = query.get("observe") == ["true"]
         begin, skipped = job.begin(int(query["offset"][0]) if "offset" in query else None)
         start = {"type": "start", "pid": job.pid, "tag": job.tag, "pty": job.pty, "offset": begin, "skipped": skipped}
+        start |= {"replay": job.end - begin, "ended": job.status is not None}
         await _say(socket, start)
         await self._together(socket, job, begin, framed=True, observe=observe)
 

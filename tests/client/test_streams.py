@@ -124,9 +124,10 @@ async def test_endings_have_their_names(platform, until):
 
 async def test_attaching_goes_on_at_the_offset(platform, until):
     """`received` counts from the process's first byte; an observer says that it is one."""
-    fake = platform.streams.add(pid=7, tag="job", offset=100, skipped=3)
+    fake = platform.streams.add(pid=7, tag="job", offset=100, skipped=3, replay=50)
     async with platform.sandbox.attach("job", offset=97, observe=True) as process:
         assert (process.pid, process.received, process.skipped) == (7, 100, 3)
+        assert (process.replay, process.ended) == (50, False)
         await playing(platform, until)
         await fake.say(b"more")
         assert (await anext(process)).data == b"more"

@@ -69,6 +69,7 @@ def test_replay_at_every_kind_of_offset(client, filled):
         stream, notice = attach(client, "t", offset=offset)
         begin = max(offset, oldest)
         assert (notice["offset"], notice["skipped"], notice["pty"]) == (begin, begin - offset, False)
+        assert (notice["replay"], notice["ended"]) == (total - begin, False)
         assert drain(client, stream, total - begin) == filled[begin:]
         leave(client, stream)
     stream, notice = attach(client, "t")

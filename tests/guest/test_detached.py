@@ -60,6 +60,8 @@ def test_it_outlives_its_stream(guest, client, extra, how):
         first.close()
     assert pids(client) == [pid]
     stream, notice = attach(client, "t")
+    assert notice.pop("replay") >= len(b"got one\n")
+    assert notice.pop("ended") is False
     assert notice == {"pid": pid, "tag": "t", "pty": "pty" in extra, "offset": 0, "skipped": 0}
     client.send(Data(stream, 0, b"two\n"))
     outcome = client.finish(stream)

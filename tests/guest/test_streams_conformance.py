@@ -134,7 +134,8 @@ async def test_who_leaves_a_detached_process_only_leaves(connect, kind):
         had = 3 + ("pty" in kind) * 6
         for process in (name, said["pid"]):
             async with running(guest, "processes.attach", process=process, offset=had) as (stream, notice):
-                assert notice == {"pid": said["pid"], "tag": name, "pty": "pty" in kind, "offset": had, "skipped": 0}
+                assert (notice["pid"], notice["tag"], notice["pty"]) == (said["pid"], name, "pty" in kind)
+                assert [notice[key] for key in ("offset", "skipped", "replay", "ended")] == [had, 0, 0, False]
                 await stream.send(b"two")
                 assert await read(stream, 3) == b"two"
                 had += 3
@@ -164,6 +165,7 @@ async def test_replay(connect, asked):
             assert len(whole) - RING <= begin <= len(whole)
             assert begin <= len(whole) - RING + 4096 or begin == asked
             assert notice["skipped"] == (0 if asked is None else begin - asked)
+            assert (notice["replay"], notice["ended"]) == (len(whole) - begin, True)
             assert await read(stream, len(whole)) == whole[begin:]
             assert (await stream.reply())["exit_code"] == 0
 

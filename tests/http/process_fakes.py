@@ -11,9 +11,10 @@ class FakeProcess:
     """A process that a test plays: `say` makes it print, `finish` ends it. `reads` unset: it does not read.
     `control_delay`: seconds until a signal is delivered; `asked`: one is under way."""
 
-    def __init__(self, call=None, *, pid=42, tag="p42", terminal=False, offset=0, skipped=0):
+    def __init__(self, call=None, *, pid=42, tag="p42", terminal=False, offset=0, skipped=0, replay=0):
         self.call = call
         self.pid, self.tag, self.terminal, self.offset, self.skipped = pid, tag, terminal, offset, skipped
+        self.replay, self.ended = replay, False
         self.received = bytearray()
         self.input_ended = False
         self.signals = []

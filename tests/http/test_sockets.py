@@ -176,10 +176,10 @@ async def test_connecting_to_no_terminal(sockets):
 
 async def test_attaching(sockets):
     """To what runs: the server speaks first, then it is as it was."""
-    process = sockets.streams.add(tag="job", offset=3, skipped=1)
+    process = sockets.streams.add(tag="job", offset=3, skipped=1, replay=6)
     async with sockets.open("processes/job/stream?offset=2") as ws:
         hello = {"type": "start", "pid": 42, "tag": "job", "pty": False, "offset": 3, "skipped": 1}
-        assert await ws.receive() == hello
+        assert await ws.receive() == {**hello, "replay": 6, "ended": False}
         await ws.send(type="stdin", data="x")
         await ws.send(type="signal", signal="SIGHUP")
         await sockets.until(lambda: process.received == b"x" and process.signals == [1])

@@ -155,13 +155,17 @@ void processes_resize_open(struct Connection *connection, const struct Frame *op
 static void announce(struct Attachment *attachment, uint64_t asked) {
     const struct Job *job = attachment->job;
     struct Bytes *notice = &attachment->notice;
-    process_pack_identity(notice, job, 3);
+    process_pack_identity(notice, job, 5);
     pack_string(notice, "pty");
     pack_bool(notice, job->terminal);
     pack_string(notice, "offset");
     pack_integer(notice, (int64_t)attachment->position);
     pack_string(notice, "skipped");
     pack_integer(notice, (int64_t)(attachment->position - asked));
+    pack_string(notice, "replay");
+    pack_integer(notice, (int64_t)(job->ring->total - attachment->position));
+    pack_string(notice, "ended");
+    pack_bool(notice, job->complete);
 }
 
 static void attach(struct Connection *connection, const struct Frame *open, struct Job *job, bool observe,

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 To a process that was started with `detach` or `background`, or to a terminal; also when it has ended lately.
 
-Server, first: `{"type":"start","pid","tag","pty","offset","skipped"}`: the output begins at byte `offset` of all
-there was; `skipped` bytes that you asked for are gone. Then as …/exec/stream, for a terminal as …/pty. The client may
+Server, first: `{"type":"start","pid","tag","pty","offset","skipped","replay","ended"}`: the output begins at byte
+`offset` of all there was; `skipped` bytes that you asked for are gone; the first `replay` bytes were there before you
+came, and when it has `ended` there will be no more. Then as …/exec/stream, for a terminal as …/pty. The client may
 send `stdin` (a terminal: binary messages), `close_stdin`, `signal`, `resize`, `stop` at once; nothing has to be
 started.
 
@@ -76,6 +77,8 @@ class Attachment:
                     pty=process.terminal,
                     offset=process.offset,
                     skipped=process.skipped,
+                    replay=process.replay,
+                    ended=process.ended,
                 )
             )
             usual: Framing = "binary" if process.terminal else "json"

@@ -145,13 +145,15 @@ class Out(Struct, kw_only=True, tag_field="type", omit_defaults=True):
 
 
 class Started(Out, kw_only=True, tag="start"):
-    """A process runs. `pty`, `offset` and `skipped` when it was attached to."""
+    """A process runs. All behind `tag` when it was attached to."""
 
     pid: int
     tag: str
     pty: bool | UnsetType = UNSET
     offset: int | UnsetType = UNSET
     skipped: int | UnsetType = UNSET
+    replay: int | UnsetType = UNSET
+    ended: bool | UnsetType = UNSET
 
 
 class TerminalStarted(Out, kw_only=True, tag="started"):
