@@ -18,14 +18,14 @@ Condition = Callable[[], bool | Awaitable[bool]]
 
 @pytest.fixture
 def eventually() -> Callable[[Condition], Awaitable[None]]:
-    """Waits until a condition holds: looks at the level again and again, for at most 20 s."""
+    """Waits until a condition holds: looks at the level again and again, for at most 60 s."""
 
     async def holds(condition: Condition) -> bool:
         answer = condition()
         return answer if isinstance(answer, bool) else await answer
 
     async def wait(condition: Condition) -> None:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while not await holds(condition):
                 await trio.sleep(0.01)
 

@@ -78,7 +78,7 @@ async def test_a_killed_session_sets_lost(db: Database):
 @pytest.fixture
 async def stuck(db: Database, nursery: trio.Nursery, monkeypatch: pytest.MonkeyPatch):
     """A lease that is kept, whose session's server process is stopped; and how to let that go on."""
-    monkeypatch.setattr(lease_module, "STALL_LIMIT", 4.0)
+    monkeypatch.setattr(lease_module, "STALL_LIMIT", 6.0)
     monkeypatch.setattr(lease_module, "KEEP_INTERVAL", 0.05)
     lease = await db.try_lead("monitor")
     assert lease is not None
@@ -98,7 +98,7 @@ async def test_a_session_that_does_not_answer_is_given_up(stuck):
     began = trio.current_time()
     with trio.fail_after(20):
         await lease.lost.wait()
-    assert 3 < trio.current_time() - began < 7
+    assert 3 < trio.current_time() - began < 15
     with pytest.raises(LeadLost):
         lease.check()
 
@@ -108,7 +108,7 @@ async def test_a_slow_answer_is_no_loss(stuck):
     lease, go_on = stuck
     await trio.sleep(2)
     go_on()
-    await trio.sleep(3)
+    await trio.sleep(5)
     assert not lease.lost.is_set()
     lease.check()
     await lease.release()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +72,8 @@ def _signal_all(server: PostgresHandle, number: int) -> None:
     assert server.pid is not None
     data = Path(f"/proc/{server.pid}/cwd").resolve()
     for pid in sorted(cluster._processes_on(data), key=lambda pid: pid != server.pid):
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):  # it ended since it was listed
+            os.kill(pid, number)
 
 
 @pytest.fixture
@@ -141,10 +143,11 @@ async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
         await _sleep(tx)
 
     async def cancelled_while_it_cleans_up_after_its_time_out() -> None:
-        with trio.move_on_after(1.4) as scope:
-            await db.transaction(work, timeout=1)
+        with trio.move_on_after(3.4) as scope:
+            await db.transaction(work, timeout=3)
         assert scope.cancelled_caught
 
+    await _three_at_once(db)  # making a connection may take as long
     try:
         async with trio.open_nursery() as callers:
             for _ in range(3):
@@ -157,12 +160,12 @@ async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
         began = trio.current_time()
         with trio.move_on_after(0.2):
             await db.run(_one, timeout=30)
-        assert trio.current_time() - began < 12
+        assert trio.current_time() - began < 20
         with trio.fail_after(20):
             await lease.lost.wait()
     finally:
         _signal_all(server, signal.SIGCONT)
-    await db.wait_available(timeout=10)
+    await db.wait_available(timeout=30)
     await eventually(lambda: db.statistics().in_flight == 0)
     await _three_at_once(db)
 
@@ -170,7 +173,7 @@ async def test_a_frozen_server_costs_a_call_its_time_out_and_no_more(
 async def test_closing_a_frozen_database_is_bounded(server: PostgresHandle):
     """A control plane that stops while its database hangs does stop."""
     try:
-        with trio.fail_after(10):
+        with trio.fail_after(40):
             async with open_database(server.dsn) as db:
                 lease = await db.try_lead("monitor")
                 assert lease is not None
@@ -179,4 +182,4 @@ async def test_closing_a_frozen_database_is_bounded(server: PostgresHandle):
                 began = trio.current_time()
     finally:
         _signal_all(server, signal.SIGCONT)
-    assert trio.current_time() - began < 8
+    assert trio.current_time() - began < 20

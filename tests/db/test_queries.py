@@ -168,15 +168,26 @@ async def test_touch_is_written_once_a_second_and_only_while_running(
     assert row is not None
     assert row.last_active_at is None
     running = await _run(db, pending, host, soon)
-    await db.run(sandboxes.touch, running.id)
-    assert await db.run(sandboxes.get_any, running.id) == running
-    old = "update sandboxes set last_active_at = now() - interval '2 seconds' where id = $1"
-    await db.run(lambda tx: tx.execute(old, running.id))
-    await db.run(sandboxes.touch, running.id)
+
+    async def touch_once_used(tx: Connection, seconds: float) -> tuple[datetime, datetime, bool]:
+        """Touch one last used so long ago: when that was, what is noted now, and whether it was not due yet."""
+        back = "update sandboxes set last_active_at = clock_timestamp() - $2 where id = $1 returning last_active_at"
+        used = await tx.fetchval(back, running.id, timedelta(seconds=seconds))
+        await sandboxes.touch(tx, running.id)
+        look = "select last_active_at, clock_timestamp() - $2 < interval '1 second' from sandboxes where id = $1"
+        noted, in_time = await tx.fetchrow(look, running.id, used)
+        return used, noted, in_time
+
+    for _ in range(50):
+        used, noted, in_time = await db.run(touch_once_used, 0.5)
+        if in_time:
+            break
+    assert in_time
+    assert noted == used
+    used, noted, _ = await db.run(touch_once_used, 2.0)
+    assert noted >= used + timedelta(seconds=2)
     row = await db.run(sandboxes.get_any, running.id)
     assert row is not None
-    assert row.last_active_at is not None
-    assert datetime.now(UTC) - row.last_active_at < timedelta(seconds=2)
     assert row.last_updated == running.last_updated
 
 

@@ -18,7 +18,7 @@ from capsule.db.errors import DatabaseUnavailable, LeadLost
 from capsule.db.led import LedDatabase
 from capsule.db.pool import Database
 
-LIMIT = 1.5
+LIMIT = 4.0
 """Seconds here for what is STALL_LIMIT in life."""
 
 LEADER = f"""
@@ -39,19 +39,20 @@ async def main():
         assert held is not None
         nursery.start_soon(held.keep)
         led = LedDatabase(db, held)
-        while True:
+        asked = trio.lowlevel.FdStream(0)
+        while await asked.receive_some(1):
             try:
                 await led.transaction(lambda tx: tx.execute("insert into writes default values"))
             except LeadLost:
                 print("lost", held.lost.is_set(), flush=True)
                 break
             print("wrote", flush=True)
-            await trio.sleep(0.5)
+        nursery.cancel_scope.cancel()
 
 
 trio.run(main)
 """
-"""Writes as a leader until it leads no more."""
+"""Writes as a leader, once for each byte it is sent, until it leads no more."""
 
 
 @pytest.fixture
@@ -66,15 +67,23 @@ async def leader(db: Database, postgres_dsn: str) -> AsyncIterator[trio.Process]
     """Another process that leads."""
     await db.run(lambda tx: tx.execute("create table writes (at timestamptz not null default clock_timestamp())"))
     command = [sys.executable, "-c", LEADER, postgres_dsn]
-    process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
+    process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield process
     finally:
         process.kill()
         with trio.move_on_after(10, shield=True):
             await process.wait()
+        assert process.stdin is not None
         assert process.stdout is not None
+        await process.stdin.aclose()
         await process.stdout.aclose()
+
+
+async def _ask(process: trio.Process) -> None:
+    """For one write."""
+    assert process.stdin is not None
+    await process.stdin.send_all(b".")
 
 
 async def _next_line(process: trio.Process) -> bytes:
@@ -100,13 +109,16 @@ async def _lead(db: Database) -> lease_module.Lease:
 
 async def test_a_stopped_process_leads_no_more(db: Database, leader: trio.Process):
     """SIGSTOP: another gets the lease within the limit. SIGCONT: it knows before it has written anything more."""
-    for _ in range(5):  # for longer than the limit: at work it keeps the lease
+    for _ in range(10):  # for longer than the limit: at work it keeps the lease
+        await _ask(leader)
         assert await _next_line(leader) == b"wrote\n"
+        await trio.sleep(LIMIT / 8)
     assert await db.try_lead("monitor") is None
-    os.kill(leader.pid, signal.SIGSTOP)  # in its pause between two writes
+    os.kill(leader.pid, signal.SIGSTOP)  # between two writes
+    await _ask(leader)
     began = trio.current_time()
     lease = await _lead(db)
-    assert trio.current_time() - began < LIMIT + 5
+    assert trio.current_time() - began < LIMIT + 10
     written = await _writes(db)
     os.kill(leader.pid, signal.SIGCONT)
     assert await _next_line(leader) == b"lost True\n"
@@ -117,6 +129,7 @@ async def test_a_stopped_process_leads_no_more(db: Database, leader: trio.Proces
 
 async def test_a_killed_process_is_replaced_at_once(db: Database, leader: trio.Process):
     """kill -9: its session ends with it."""
+    await _ask(leader)
     await _next_line(leader)
     leader.kill()
     began = trio.current_time()
@@ -133,7 +146,7 @@ async def test_a_loop_that_hangs_leads_no_more(
     assert lease is not None
     led = LedDatabase(db, lease)
     nursery.start_soon(lease.keep)
-    await trio.sleep(2 * LIMIT)
+    await trio.sleep(LIMIT + 1)
     await led.run(_one)
     time.sleep(LIMIT + 1)  # noqa: ASYNC251 - that is the stall
     with pytest.raises(LeadLost):
