@@ -18,6 +18,7 @@ pytest_plugins = [
     "tests.fixtures.daemon_fleet",
     "tests.fixtures.people",
     "tests.fixtures.team_lock",
+    "tests.fixtures.overtaking",
     "tests.fixtures.github",
     "tests.fixtures.consoles",
     "tests.fixtures.local_terminals",

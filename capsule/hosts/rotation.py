@@ -35,6 +35,8 @@ async def exchange(tx: Connection, token: str, following: str) -> Exchange | Non
     """Spend `token` for `following`. None: refused, and `tx` must be committed all the same."""
     spent, next_one = digest(token), digest(following)
     expires_at = datetime.now(UTC) + REFRESH_LIFETIME
+    # What ends the host's tokens ends those it can see: one that was just being made would outlive a theft.
+    await rows.lock_host(tx, spent)
     row = await rows.rotate(tx, sha256=spent, new_sha256=next_one, expires_at=expires_at)
     if row is not None:
         return Exchange(row, again=False)

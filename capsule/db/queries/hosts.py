@@ -168,9 +168,6 @@ async def register(
     `prove` makes it online. Until then it is what it was: `pending`, `draining`, else `unreachable`.
     ConstraintViolated("hosts_cert_fingerprint_key") when another living host has the certificate.
     """
-    await tx.execute(
-        "update host_refresh_tokens set revoked_at = now() where host_id = $1 and revoked_at is null", host_id
-    )
     record = await tx.fetchrow(
         f"""
         update hosts as h set
@@ -190,6 +187,10 @@ async def register(
         cpu_cores,
         memory_mb,
         disk_gb,
+    )
+    # With the host locked: a refresh that was under way is over, and what it made is seen.
+    await tx.execute(
+        "update host_refresh_tokens set revoked_at = now() where host_id = $1 and revoked_at is null", host_id
     )
     return one(HostRow, record)
 

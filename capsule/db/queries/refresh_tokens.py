@@ -52,6 +52,15 @@ async def get(tx: Connection, sha256: bytes) -> RefreshTokenRow | None:
     )
 
 
+async def lock_host(tx: Connection, sha256: bytes) -> None:
+    """Hold the host whose token this is until the transaction ends: whatever makes or ends its tokens comes one after
+    the other, and so finds all that there are. Nothing for an unknown token."""
+    await tx.execute(
+        "select from hosts where id = (select host_id from host_refresh_tokens where sha256 = $1) for no key update",
+        sha256,
+    )
+
+
 async def rotate(tx: Connection, *, sha256: bytes, new_sha256: bytes, expires_at: datetime) -> RefreshTokenRow | None:
     """Spend a token for the next of its family; the new row, or None when the old one is not good.
 
@@ -73,7 +82,7 @@ async def rotate(tx: Connection, *, sha256: bytes, new_sha256: bytes, expires_at
 
 async def revoke_family(tx: Connection, family: UUID) -> bool:
     """End every token that descends from one registration: somebody showed a spent one. False when they had ended: of
-    two that try at once one does it, and a registration that came between has done it."""
+    two that try at once one does it, and a registration that came between has done it. The caller holds the host."""
     tag = await tx.execute(
         "update host_refresh_tokens set revoked_at = now() where family = $1 and revoked_at is null", family
     )
