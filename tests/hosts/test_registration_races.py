@@ -72,3 +72,22 @@ async def test_a_theft_that_shows_while_the_family_goes_on(db, enrolment, old, o
     assert overtaking.done
     with pytest.raises(Unauthorized):
         await enrolment.refresh(third.refresh_token, None)
+
+
+async def test_of_two_tokens_made_at_once_one_is_good(db, enrolment, old, overtake, queued):
+    """The later one voids the other, as it does when it comes after it."""
+    tokens = []
+
+    async def make():
+        tokens.append(await enrolment.new_token(old.host.id))
+
+    overtaking = overtake(partial(queued, db, make), before="insert into host_registration_tokens")
+    await make()
+    assert overtaking.done
+    good = []
+    for token in tokens:
+        try:
+            good.append(await enrolment.register(asking(token)))
+        except Unauthorized:
+            continue
+    assert len(good) == 1

@@ -104,7 +104,9 @@ async def list_all(
 async def insert_registration_token(
     tx: Connection, *, host_id: UUID, sha256: bytes, expires_at: datetime, created_by: UUID | None = None
 ) -> UUID:
-    """A one-time token for the host; older unused ones of it are void from now on."""
+    """A one-time token for the host; older unused ones of it are void from now on. Of two that are made at once the
+    later one voids the other: that one it would not see without the lock."""
+    await tx.execute("select from hosts where id = $1 for no key update", host_id)
     await tx.execute("delete from host_registration_tokens where host_id = $1 and used_at is null", host_id)
     token_id: UUID = await tx.fetchval(
         """
