@@ -144,18 +144,17 @@ async def test_a_failure_leaves_it_good(stored, host):
 async def test_a_use_that_is_cancelled_leaves_it_good(stored, host):
     """The client hung up in the middle of the transaction."""
     await stored.tokens.keep(host, HASH, created_by=None)
-    begun = trio.Event()
-    token = trio.lowlevel.current_trio_token()
+    asleep = "select from pg_stat_activity where datname = current_database() and wait_event = 'PgSleep'"
 
     async def slow(tx, host):
-        token.run_sync_soon(begun.set)
         await tx.execute("select pg_sleep(60)")
         return host
 
     with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(stored.tokens.spend, HASH, slow)
-            await begun.wait()
+            while not await stored.sql(asleep):  # the server has it: a cancellation before that may come too early
+                await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
         assert await stored.tokens.spend(HASH, the_host) == host
 
