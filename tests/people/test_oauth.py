@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from uuid import UUID
+from functools import partial
+from uuid import UUID, uuid4
 
 import pytest
 import structlog
 import trio
 
+from capsule.db.queries import users
 from capsule.people.oauth_states import OAuthStates
 from tests.fixtures.github import CLIENT_ID, CLIENT_SECRET
 from tests.fixtures.people import quick_settings
@@ -278,6 +280,26 @@ async def test_a_code_ends_with_the_sessions(people, github, browser, ada):
     said = await browser.agree(github, ada)
     await people.sql("update users set sessions_valid_from = clock_timestamp()")
     assert (await browser.exchange(said["code"])).status_code == 401
+
+
+async def test_a_code_while_the_sessions_end(people, github, browser, ada, overtake, queued):
+    """The password is changed between the look at the code and the session: none outlives that."""
+    said = await browser.agree(github, ada)
+    [row] = await people.sql("select id from users")
+
+    async def change(tx):
+        await users.lock(tx, row["id"])
+        await users.set_password(tx, row["id"], "another", kept_session=uuid4())
+
+    db = people.world.db
+    overtaking = overtake(partial(queued, db, partial(db.transaction, change)), after="update login_codes")
+    answer = await browser.exchange(said["code"])
+    assert overtaking.done
+    if answer.status_code == 200:
+        with trio.fail_after(20):
+            while not await people.sql("select from users where password_hash = 'another'"):
+                await trio.sleep(0.01)
+        assert (await people.person(answer.json()).get("/v1/me")).status_code == 401
 
 
 async def test_a_session_lands_where_a_login_does(people, github, browser, ada):

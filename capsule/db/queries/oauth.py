@@ -78,10 +78,14 @@ async def insert_login_code(tx: Connection, sha256: bytes, user_id: UUID, second
 
 async def take_login_code(tx: Connection, sha256: bytes) -> UUID | None:
     """Spend the code: whose it is, or None when it is unknown, spent, expired, or older than the last change of
-    password, which ends it as it ends sessions. Of two at once one gets it."""
+    password, which ends it as it ends sessions. Of two at once one gets it. Whose it is stays unchanged until the
+    transaction ends (as by `users.hold`): a change of password comes before this, or after the session."""
     user_id: UUID | None = await tx.fetchval(
         """
-        update login_codes c set used_at = clock_timestamp() from users u
+        with holder as (
+          select u.id, u.sessions_valid_from from login_codes c join users u on u.id = c.user_id
+          where c.sha256 = $1 for share of u)
+        update login_codes c set used_at = clock_timestamp() from holder u
         where c.sha256 = $1 and c.used_at is null and c.expires_at > clock_timestamp()
           and u.id = c.user_id and c.created_at >= u.sessions_valid_from
         returning c.user_id
