@@ -265,6 +265,20 @@ async def test_of_two_that_make_the_same_admin_one_is_told(people):
     assert row["teams"] == 1
 
 
+async def test_an_admin_is_made_while_nobody_is_revoked(people, overtake, queued):
+    """Between the two halves of a revocation that finds no admin: what was given stays, with the role."""
+    ada = await people.sign_up("Ada")
+    admins = Admins(people.world.db, people.settings)
+    promote = partial(admins.promote, ada.email, ["hosts"])
+    overtaking = overtake(partial(queued, people.world.db, promote), before="delete from admin_permissions")
+    revoked = await admins.revoke(ada.email)
+    assert overtaking.done
+    with trio.fail_after(20):
+        while not (found := await admins.list()):
+            await trio.sleep(0.01)
+    assert (revoked, [one.permissions for one in found]) == (False, [frozenset({"hosts"})])
+
+
 async def test_an_admin_made_at_the_machine_logs_in_and_administers(people):
     """With the password that was given; an admin who was revoked is refused with the next request."""
     admins = Admins(people.world.db, people.settings)

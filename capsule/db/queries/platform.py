@@ -158,6 +158,8 @@ async def grant(tx: Connection, user_id: UUID, permissions: Sequence[str]) -> No
 
 async def revoke(tx: Connection, user_id: UUID) -> list[str] | None:
     """They are no platform admin any more; returns what they were allowed, None when they were none."""
+    # Who is none is not locked by the update: what somebody gives them beside it would be taken, and the role left.
+    await tx.execute("select from users where id = $1 for no key update", user_id)
     was = await tx.fetchval("update users set is_admin = false where id = $1 and is_admin returning true", user_id)
     records = await tx.fetch("delete from admin_permissions where user_id = $1 returning permission", user_id)
     return sorted(record["permission"] for record in records) if was else None
