@@ -148,7 +148,7 @@ class FileStreamHandlers:
             raise errors.InvalidState(f"the sandbox is {status}; this needs a running one", status=status)
         digest = hashlib.sha256()
         async with (
-            receive_stream(call.request, self._spool) as upload,
+            receive_stream(call.request, self._spool, principal.team_id) as upload,
             aclosing(_received(call, upload.chunks, digest)) as source,
         ):
             if upload.archive:

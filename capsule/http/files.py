@@ -144,7 +144,7 @@ class FileHandlers:
         status = (await self._service.get(call.principal, sandbox)).status
         if status != "running":  # before a slow client may take a place in the spool for nothing
             raise errors.InvalidState(f"the sandbox is {status}; this needs a running one", status=status)
-        async with receive_upload(call.request, self._spool) as upload:
+        async with receive_upload(call.request, self._spool, call.principal.team_id) as upload:
             content = upload.content
             call = await call.renewed()  # an upload takes its time
             await self._service.write_file(call.principal, sandbox, upload.path, content.size, content.chunks())

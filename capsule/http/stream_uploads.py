@@ -15,6 +15,7 @@ from capsule.http.uploads import Form, boundary_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
+    from uuid import UUID
 
     from capsule.http.requests import ApiRequest, RequestBody
     from capsule.http.spool import Spool
@@ -38,9 +39,9 @@ class StreamUpload:
 
 
 @asynccontextmanager
-async def receive_stream(request: ApiRequest, spool: Spool) -> AsyncIterator[StreamUpload]:
+async def receive_stream(request: ApiRequest, spool: Spool, team: UUID) -> AsyncIterator[StreamUpload]:
     """Read the form as far as its file. InvalidRequest for a malformed, cut or wrong one; RequestTimeout,
-    UnsupportedMediaType; TooLarge and Busy when the file comes first and there is no place for it to wait."""
+    UnsupportedMediaType; TooLarge and Busy when the file comes first and `team` has no place for it to wait."""
     form = Form(boundary_of(request), optional=frozenset({"format"}))
     lead, ended = await _until_file(request.body, form)
     if ended:
@@ -50,7 +51,7 @@ async def receive_stream(request: ApiRequest, spool: Spool) -> AsyncIterator[Str
         async with aclosing(_pieces(request.body, form, lead, rate=SLOW_BYTES_PER_SECOND, archive=archive)) as chunks:
             yield StreamUpload(path=path, archive=archive, size=None, chunks=chunks)
         return
-    async with spool.open_large(request.content_length) as content:
+    async with spool.open_large(team, request.content_length) as content:
         async with aclosing(_pieces(request.body, form, lead, rate=uploads.MIN_BYTES_PER_SECOND)) as pieces:
             async for piece in pieces:
                 await content.write(piece)

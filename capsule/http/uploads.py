@@ -18,6 +18,7 @@ from capsule.http import fields
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from uuid import UUID
 
     from python_multipart.multipart import MultipartCallbacks
 
@@ -52,12 +53,12 @@ class Upload:
 
 
 @asynccontextmanager
-async def receive_upload(request: ApiRequest, spool: Spool) -> AsyncIterator[Upload]:
+async def receive_upload(request: ApiRequest, spool: Spool, team: UUID) -> AsyncIterator[Upload]:
     """Read the whole form. InvalidRequest for a malformed, cut or wrong one; TooLarge; UnsupportedMediaType; Busy."""
     form = Form(boundary_of(request))
     if (request.content_length or 0) > MAX_FILE_BYTES + FORM_BYTES:
         raise _too_large()
-    async with spool.open() as content:
+    async with spool.open(team) as content:
         await _receive(request, form, content)
         form.finish()
         yield Upload(form.path, content)

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from capsule import errors
-from capsule.http import requests, spool, streams, uploads
+from capsule.http import requests, spool_shares, streams, uploads
 from capsule.model import FileContent
 
 KEY = "cap_0123456789abcdef0123456789abcdef01234567"
@@ -356,7 +356,7 @@ async def test_a_trickle_is_ended(api, base, monkeypatch):
 
 async def test_no_room_for_what_comes_before_its_path(api, refused, write, monkeypatch):
     """413 when it would never fit, 503 when others are in the way; both say what helps. With its path first it fits."""
-    monkeypatch.setattr(spool, "LARGE_BYTES", 4 * MIB)
+    monkeypatch.setattr(spool_shares, "LARGE_BYTES", 8 * MIB)
     large = part(b"file", bytes(6 * MIB))
     answer = await write(large + PATH + END)
     assert "before `file`" in refused(answer, 413, "too_large")["message"]
@@ -366,8 +366,8 @@ async def test_no_room_for_what_comes_before_its_path(api, refused, write, monke
         yield large[5 * MIB :] + PATH + END
 
     refused(await write(pieces()), 413, "too_large")
-    monkeypatch.setattr(spool, "LARGE_BYTES", 7 * MIB)
-    taken = spool.Budget.take
+    monkeypatch.setattr(spool_shares, "LARGE_BYTES", 14 * MIB)
+    taken = spool_shares.TeamBudget.take
 
     async def crowded(budget, amount, total):
         budget.held += 4 * MIB
@@ -376,23 +376,10 @@ async def test_no_room_for_what_comes_before_its_path(api, refused, write, monke
         finally:
             budget.held -= 4 * MIB
 
-    monkeypatch.setattr(spool.Budget, "take", crowded)
+    monkeypatch.setattr(spool_shares.TeamBudget, "take", crowded)
     answer = await write(large + PATH + END)
     assert "before `file`" in refused(answer, 503, "busy")["message"]
-    monkeypatch.setattr(spool.Budget, "take", taken)
+    monkeypatch.setattr(spool_shares.TeamBudget, "take", taken)
     assert (await write(PATH + large + END)).status_code == 204
     assert (await write(large + PATH + END)).status_code == 204  # what the others took was given back
     assert not list(api.spool_dir.iterdir())
-
-
-async def test_the_disk_is_shared(tmp_path, monkeypatch):
-    """Never more than half of what is free."""
-    budget = spool.Budget(tmp_path, trio.CapacityLimiter(1))
-    monkeypatch.setattr("os.statvfs", lambda _: type("Disk", (), {"f_bavail": 100, "f_frsize": 1000}))
-    await budget.take(50_000, 50_000)
-    with pytest.raises(errors.TooLarge):
-        await budget.take(80_000, 80_000)
-    with pytest.raises(errors.Busy):
-        await budget.take(30_000, 30_000)
-    budget.give_back(50_000)
-    await budget.take(30_000, 30_000)

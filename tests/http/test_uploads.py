@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capsule import errors
-from capsule.http import requests, spool, uploads
+from capsule.http import requests, spool, spool_shares, uploads
 from capsule.http.uploads import Form
 
 BOUNDARY = b"xBOUNDARYx"
@@ -229,23 +229,23 @@ async def test_no_place_left_is_503(api, refused, path, monkeypatch):
 
 
 async def test_uploads_wait_for_their_turn(api, refused, path, monkeypatch, until):
-    """With every place taken an upload waits, then is told to come again; the places come back."""
-    monkeypatch.setattr(spool, "SLOT_TIMEOUT", 0.2)
+    """With all of the team's places taken an upload waits, then is told to come again; the places come back."""
+    monkeypatch.setattr(spool_shares, "PLACE_TIMEOUT", 0.2)
     api.sandboxes.gates["write_file"] = trio.Event()
     big = {"data": {"path": "/a"}, "files": {"file": bytes(200_000)}}
-    answers = []
+    places, answers = spool.MAX_FILES // 2, []
 
     async def post():
         answers.append(await api.client.post(path, **big))
 
     async with trio.open_nursery() as nursery:
-        for _ in range(spool.MAX_FILES):
+        for _ in range(places):
             nursery.start_soon(post)
-        await until(lambda: len(written(api)) == spool.MAX_FILES)
+        await until(lambda: len(written(api)) == places)
         refused(await api.client.post(path, **big), 503, "busy")
         small = {"data": {"path": "/b"}, "files": {"file": b"x"}}
         nursery.start_soon(lambda: api.client.post(path, **small))
-        await until(lambda: len(written(api)) == spool.MAX_FILES + 1)
+        await until(lambda: len(written(api)) == places + 1)
         api.sandboxes.gates["write_file"].set()
-    assert [answer.status_code for answer in answers] == [204] * spool.MAX_FILES
+    assert [answer.status_code for answer in answers] == [204] * places
     assert (await api.client.post(path, **big)).status_code == 204
