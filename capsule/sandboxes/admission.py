@@ -162,10 +162,17 @@ async def examine(
     tx: Connection, principal: Principal, request: CreateSandbox, shape: Shape, key: str | None
 ) -> SandboxRow | None:
     """What would have become of a request that found no host: the sandbox an earlier one made, or a refusal."""
+    refusal: errors.CapsuleError | None = None
+    try:
+        await check_allowed(tx, principal, shape)
+    except errors.CapsuleError as err:
+        refusal = err
+    # Only now, with the team's row locked: a sandbox that was counted above is there together with its key.
     taken = None if key is None else await idempotency.get(tx, principal.team_id, key)
     if taken is not None:
         return await sandboxes.get_any(tx, same_request(taken, request))
-    await check_allowed(tx, principal, shape)
+    if refusal is not None:
+        raise refusal
     return None
 
 
