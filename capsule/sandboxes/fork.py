@@ -70,8 +70,23 @@ class Forker:
         return await self.operations.finish(partial(self._fork, principal, request, idempotency_key), key=key)
 
     async def _fork(self, principal: Principal, request: ForkRequest, key: str | None) -> list[Forked]:
-        if key is not None and (claim := await self.rows.run(idempotency.get, principal.team_id, key)) is not None:
-            return await self._await_outcomes(same_request(claim, request), request.count)
+        if (earlier := await self._earlier(principal, request, key)) is None:
+            try:
+                return await self._fork_anew(principal, request, key)
+            except errors.DatabaseUnavailable:
+                raise  # what is there by now may be our own, with nobody at work on it
+            except errors.CapsuleError:
+                # What stood in the way may be the children of this very request, by way of another control plane.
+                if (earlier := await self._earlier(principal, request, key)) is None:
+                    raise
+        return await self._await_outcomes(earlier, request.count)
+
+    async def _earlier(self, principal: Principal, request: ForkRequest, key: str | None) -> UUID | None:
+        """The fork that an earlier request with this key made."""
+        claim = None if key is None else await self.rows.run(idempotency.get, principal.team_id, key)
+        return None if claim is None else same_request(claim, request)
+
+    async def _fork_anew(self, principal: Principal, request: ForkRequest, key: str | None) -> list[Forked]:
         source = await self.rows.transaction(admit, principal, request)
         seconds = min(MAX_SECONDS, self.settings.create_timeout * -(-request.count // AT_ONCE))
         new = Children(

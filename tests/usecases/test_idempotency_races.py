@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+LOOKED = "from idempotency_keys"
+
 
 @pytest.fixture
 async def other(world, plane):
@@ -25,3 +27,22 @@ async def test_a_create_that_found_no_host(virtual_clock, world, agent, plane, o
     second = await other.sandboxes.create(world.principal, request_body, "key")
     assert overtaking.done
     assert second.id == first[0].id
+
+
+@pytest.mark.parametrize("short", ["quota", "room"])
+async def test_a_fork(virtual_clock, world, plane, other, request_body, overtake, short):
+    """The first one's children are what was asked for, and no reason to make none."""
+    source = await plane.sandboxes.create(world.principal, request_body, None)
+    await world.sql("update hosts set memory_mb = $1", 3 * 640 if short == "room" else 6400)
+    most = 3 if short == "quota" else 10
+    await world.sql("update teams set max_sandboxes = $2 where id = $1", world.principal.team_id, most)
+    first = []
+
+    async def fork():
+        first.extend(await plane.sandboxes.fork(world.principal, source.id, 2, "key"))
+
+    overtaking = overtake(fork, after=LOOKED)
+    second = await other.sandboxes.fork(world.principal, source.id, 2, "key")
+    assert overtaking.done
+    assert [child.id for child in second] == [child.id for child in first]
+    assert await world.disagreements() == []
