@@ -81,7 +81,7 @@ class Snapshots:
         plan = await self.rows.transaction(begin, principal, request, key)
         if plan.made is not None:
             return plan.made
-        if request.pause and plan.source.status == Status.RUNNING:
+        if request.pause and plan.source.status != Status.PAUSED:
             await self.pauser.pause(principal, request.sandbox)
         with structlog.contextvars.bound_contextvars(sandbox_id=str(request.sandbox), snapshot_id=str(plan.id)):
             size_bytes = await self._freeze(principal, plan)
@@ -179,7 +179,8 @@ async def begin(tx: Connection, principal: Principal, request: CreateSnapshot, k
         await idempotency.claim(tx, principal.team_id, key, fingerprint(request), snapshot, endpoint=ENDPOINT)
     name = request.name or f"{row.template[:55]}-{snapshot.hex[:8]}"
     if made is None:
-        if row.status not in FREEZABLE:
+        repeated = claim is not None and request.pause and row.status == Status.PAUSING  # perhaps by the first of them
+        if row.status not in FREEZABLE and not repeated:
             raise wrong_status(row, "a running or paused one")
         if await templates.get_by_name(tx, principal.team_id, name) is not None:
             raise taken(name)

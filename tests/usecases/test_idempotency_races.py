@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import trio
+
+from capsule.model import CreateSnapshot
 
 LOOKED = "from idempotency_keys"
 
@@ -46,3 +49,23 @@ async def test_a_fork(virtual_clock, world, plane, other, request_body, overtake
     assert overtaking.done
     assert [child.id for child in second] == [child.id for child in first]
     assert await world.disagreements() == []
+
+
+async def test_a_snapshot_of_one_that_is_being_paused_for_it(virtual_clock, world, agent, plane, other, request_body):
+    """By the first of the two: the second waits for it, and both have the same template."""
+    source = await plane.sandboxes.create(world.principal, request_body, None)
+    request = CreateSnapshot(sandbox=source.id, name="mine", pause=True)
+    gate = agent.hold("sandbox.pause")
+    made = []
+
+    async def freeze(at):
+        made.append(await at.templates.create(world.principal, request, "key"))
+
+    async with trio.open_nursery() as both:
+        both.start_soon(freeze, plane)
+        await agent.reached["sandbox.pause"].wait()
+        both.start_soon(freeze, other)
+        await trio.sleep(1)
+        gate.set()
+    assert len({view.id for view in made}) == len(agent.snapshots) == 1
+    assert (await world.row(source.id)).status == "paused"
