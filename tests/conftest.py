@@ -1,8 +1,9 @@
 import signal
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("noisy", deadline=None)  # machines are noisy: no example fails for its time
+# Machines are noisy: no example fails for its time, and no test for the time that its first ones took to be made.
+settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy")
 
 # Of a run in the background (`&`, nohup) the shell has these ignored, and so would every program under test.

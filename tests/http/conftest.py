@@ -53,7 +53,7 @@ class Api(World):
     shutdown: trio.Event
     key: str
 
-    async def raw(self, sent: bytes, *, limit: float = 10) -> bytes:
+    async def raw(self, sent: bytes, *, limit: float = 30) -> bytes:
         """Send bytes on a connection of its own; everything that comes back until the server closes."""
         with trio.fail_after(limit):
             stream = await trio.open_tcp_stream("127.0.0.1", self.port)
@@ -128,11 +128,13 @@ def served(world):
 
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
-    assert started.wait(10)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": fakes.KEY}, trust_env=False) as client:
+    assert started.wait(30)
+    with httpx.Client(
+        base_url=f"http://127.0.0.1:{port}", headers={"X-API-Key": fakes.KEY}, timeout=30, trust_env=False
+    ) as client:
         yield client
     token.run_sync_soon(shutdown.set)
-    thread.join(10)
+    thread.join(30)
     assert not thread.is_alive()
 
 
@@ -140,7 +142,7 @@ def served(world):
 def until():
     """Waits for a level, bounded."""
 
-    async def wait(condition, limit=10):
+    async def wait(condition, limit=30):
         with trio.fail_after(limit):
             while not condition():
                 await trio.sleep(0.01)
@@ -180,7 +182,7 @@ class Socket:
     async def send_bytes(self, data):
         await self.connection.send_message(data)
 
-    async def receive(self, limit=10):
+    async def receive(self, limit=30):
         with trio.fail_after(limit):
             message = await self.connection.get_message()
         return json.loads(message) if isinstance(message, str) else message
@@ -188,7 +190,7 @@ class Socket:
     async def close(self, code=1000):
         await self.connection.aclose(code)
 
-    async def closed(self, limit=10):
+    async def closed(self, limit=30):
         """Code and reason of the server's close frame; messages before it are skipped."""
         with trio.fail_after(limit):
             while True:

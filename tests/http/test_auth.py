@@ -33,7 +33,7 @@ HEX = "0123456789abcdef0123456789abcdef01234567"
 )
 async def test_without_a_good_key_everything_is_401(api, refused, headers):
     """Missing, malformed, unknown, twice, or of another kind; on every route, before anything else is looked at."""
-    async with httpx.AsyncClient(base_url=str(api.client.base_url), trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=str(api.client.base_url), timeout=30, trust_env=False) as client:
         for method, path in (
             ("POST", "/v1/sandboxes"),
             ("GET", "/v1/capsules?limit=bad"),
@@ -85,7 +85,7 @@ async def test_who_asks_is_found_out_again_after_a_late_body_only(api, until, li
     path = f"/v1/sandboxes/sb-{api.sandboxes.add().id}/exec"
     gate = api.authenticator.gates["api_key"] = trio.Event()
     asked = api.authenticator.asked
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with await trio.open_tcp_stream("127.0.0.1", api.port) as stream:
             head = api.head("POST", path, "Content-Type: application/json", *lines)
             await stream.send_all(head + pieces[0])
@@ -106,7 +106,7 @@ async def test_an_upload_by_a_key_that_is_dead_by_then(api, until):
     form = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
     body = form % (b"path", b"/a") + form % (b"file", b"content") + b"--x--\r\n"
     lines = ["Content-Type: multipart/form-data; boundary=x", f"Content-Length: {len(body)}"]
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with await trio.open_tcp_stream("127.0.0.1", api.port) as stream:
             await stream.send_all(api.head("POST", path, *lines) + body[:-1])
             await until(lambda: [method for method, _ in api.sandboxes.asked] == ["get"])

@@ -349,7 +349,7 @@ async def test_a_trickle_is_ended(api, base, monkeypatch):
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trickle)
-            with trio.fail_after(10):
+            with trio.fail_after(30):
                 assert b" 408 " in await stream.receive_some()
             nursery.cancel_scope.cancel()
 

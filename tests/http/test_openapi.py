@@ -105,10 +105,10 @@ def base_url(world):
 
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
-    assert started.wait(10)
+    assert started.wait(30)
     yield f"http://127.0.0.1:{port}"
     token.run_sync_soon(shutdown.set)
-    thread.join(10)
+    thread.join(30)
     assert not thread.is_alive()
 
 
@@ -141,6 +141,6 @@ def test_schemathesis_finds_nothing(base_url, mode):
                 case.path_parameters["sandbox_id"] = f"sb-{UUID(int=1)}"
             # A plain GET of a WebSocket is valid, and refused.
             excluded = [positive_data_acceptance] if case.operation.definition.raw.get("x-websocket") else []
-            case.call_and_validate(headers=headers, timeout=10, excluded_checks=excluded)
+            case.call_and_validate(headers=headers, timeout=60, excluded_checks=excluded)
 
         check()

@@ -135,7 +135,7 @@ async def test_a_head_byte_by_byte(sockets):
         start = b'{"type":"start","cmd":"x"}'
         await stream.send_all(sent[-5:] + bytes((0x81, 0x80 | len(start))) + b"\0\0\0\0" + start)
         received = b""
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             while b'"pid"' not in received:
                 received += await stream.receive_some()
     assert received.startswith(b"HTTP/1.1 101 ")
@@ -148,7 +148,7 @@ async def test_compression_is_never_agreed_to(sockets):
     offered = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
     async with await trio.open_tcp_stream("127.0.0.1", sockets.port) as stream:
         await stream.send_all(head(sockets, "exec/stream", offered))
-        with trio.fail_after(10):
+        with trio.fail_after(30):
             received = await stream.receive_some()
     assert received.startswith(b"HTTP/1.1 101 ")
     assert b"permessage" not in received
