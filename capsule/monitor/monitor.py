@@ -216,7 +216,11 @@ async def _note(tx: Connection, host: HostRow, down: bool) -> None:
 
 
 async def _sweep(tx: Connection, host: HostRow) -> None:
-    """Nobody knows of the sandboxes of a host that is away; also of those that somebody brought there a moment late."""
+    """Nobody knows of the sandboxes of a host that is away; also of those that somebody brought there a moment late.
+    One that was heard since it was looked at is not away: what runs there may have been brought there after that."""
+    now = await hosts.hold(tx, host.id)
+    if now is None or now.status == "online" or now.last_heartbeat != host.last_heartbeat:
+        return
     for row in await sandboxes.on_host(tx, host.id):
         if row.status in BECOMES_MISSING:
             await _change(tx, row, Status.MISSING, f"its host was last heard at {host.last_heartbeat}")

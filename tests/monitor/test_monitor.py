@@ -40,7 +40,9 @@ async def host_status(world, agent):
 
 
 async def marks(world):
-    rows = await world.sql("select action, scope, status, actor_type from audit_logs where resource_type = 'host'")
+    rows = await world.sql(
+        "select action, scope, status, actor_type from audit_logs where resource_type = 'host' order by created_at"
+    )
     return [tuple(row) for row in rows]
 
 
@@ -97,6 +99,44 @@ async def test_a_row_that_comes_late_to_a_host_that_is_away(virtual_clock, world
 
     await eventually(missing, 2 * INTERVAL)
     assert (await world.row(rests.id)).status == "paused"
+
+
+async def test_a_host_that_comes_back_while_it_is_looked_after(
+    virtual_clock, world, agent, beats, eventually, monkeypatch
+):
+    """Read as unreachable; by the time that its rows would be `missing` it is online, and one was resumed there."""
+    await world.control_plane(monitor=True)
+    agent.cut_off()
+
+    async def unreachable():
+        return await host_status(world, agent) == "unreachable"
+
+    await eventually(unreachable)
+    row = await world.insert(agent, "paused")
+    come_back = trio.Event()
+    token, read = trio.lowlevel.current_trio_token(), module._registered
+
+    async def registered(connection):
+        live = await read(connection)
+        if not come_back.is_set():
+            token.run_sync_soon(come_back.set)
+            await connection.execute(
+                "update hosts set status = 'online', generation = generation + 1, last_heartbeat = $1", world.now()
+            )
+            for step, status in enumerate(("resuming", "running"), row.generation + 1):
+                await connection.execute(
+                    "update sandboxes set status = $1, generation = $2, transition_deadline = $3",
+                    status,
+                    step,
+                    world.now() + timedelta(hours=1) if status == "resuming" else None,
+                )
+        return live
+
+    monkeypatch.setattr(module, "_registered", registered)
+    await come_back.wait()
+    await trio.sleep(INTERVAL / 2)
+    after = await world.row(row.id)
+    assert (after.status, after.generation) == ("running", row.generation + 2)
 
 
 async def test_a_host_that_lists_and_does_not_beat(virtual_clock, world, agent, beats, eventually):

@@ -84,6 +84,14 @@ async def get(tx: Connection, host_id: UUID) -> HostRow | None:
     )
 
 
+async def hold(tx: Connection, host_id: UUID) -> HostRow | None:
+    """A host that lives, unchanged until the transaction ends: its heartbeats wait."""
+    record = await tx.fetchrow(
+        f"select {_COLUMNS} from hosts h where h.id = $1 and h.deleted_at is null for share of h", host_id
+    )
+    return one(HostRow, record)
+
+
 async def list_all(
     tx: Connection, *, team_id: UUID | None = None, statuses: Collection[str] | None = None
 ) -> list[HostRow]:
