@@ -75,7 +75,11 @@ class Client:
         self._last_id = 0
         self._waiting: dict[int, list[m.Frame]] = defaultdict(list)
         if greet:
-            self.greet(initial_credit=initial_credit)
+            try:
+                self.greet(initial_credit=initial_credit)
+            except BaseException:
+                self.close()
+                raise
 
     def greet(self, *, initial_credit: int = INITIAL_CREDIT, timeout: float = PATIENCE) -> None:
         self.send(m.Hello(VERSION, [], initial_credit, 0))

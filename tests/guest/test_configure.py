@@ -215,13 +215,24 @@ WATCH = "while :; do read name < /etc/hostname; read id < /etc/machine-id; echo 
 
 @pytest.fixture(scope="module")
 def slow_binary(tmp_path_factory):
-    """A daemon that takes half a second for each file that it replaces or writes anew."""
+    """A daemon that takes half a second for each file that it replaces or writes anew, and longer for a configure's
+    file of a number (from 0) while there is a `held-NUMBER` beside it."""
     directory = tmp_path_factory.mktemp("slow")
     header = directory / "slow.h"
-    header.write_text(
-        "#include <stdio.h>\n#include <unistd.h>\n#define rename(...) (usleep(500000), rename(__VA_ARGS__))\n"
-        "#define pwrite(fd, data, count, at) ((count) > 1 ? usleep(500000) : 0, pwrite(fd, data, count, at))\n"
-    )
+    header.write_text(f"""#include <stdio.h>
+#include <unistd.h>
+static int files_before; /* of this child */
+static inline void slowly(void) {{
+    char held[] = "{directory}/held-0";
+    held[sizeof held - 2] += files_before++;
+    usleep(500000);
+    while (access(held, F_OK) == 0) {{
+        usleep(1000);
+    }}
+}}
+#define rename(...) (slowly(), rename(__VA_ARGS__))
+#define pwrite(fd, data, count, at) ((count) > 1 ? slowly() : (void)0, pwrite(fd, data, count, at))
+""")
     compile_daemon(directory / "guest", compiler="musl-gcc", flags=("-static", "-O1", "-include", str(header)))
     return directory / "guest"
 
@@ -262,35 +273,56 @@ def test_a_configure_that_was_given_up_thaws_nothing(watched):
 
 
 @pytest.fixture
-def slow(slow_binary, start_guest, private):
+def slow(slow_binary, start_guest, private, until):
     """A daemon that has been told who it is, and a connection to it."""
     guest = start_guest("--system-changes", "on", binary=slow_binary, prefix=private)
     client = guest.connect()
     assert client.call("configure", OLD).reply == {}
+    until(lambda: guest.children() == {}, "its child has ended")
     return guest, client
 
 
-def test_one_that_was_given_up_half_way_is_made_good(slow, etc, until):
+@pytest.fixture
+def held(slow_binary):
+    """`held(number)`: the file that keeps the slow daemon from the file of that number, as long as it is there."""
+    made = []
+
+    def hold(number):
+        made.append(slow_binary.with_name(f"held-{number}"))
+        made[-1].touch()
+        return made[-1]
+
+    yield hold
+    for file in made:
+        file.unlink(missing_ok=True)
+
+
+def test_one_that_was_given_up_half_way_is_made_good(slow, etc, until, held):
     """The daemon no longer believes what it wrote before: the old values are written anew."""
     guest, client = slow
+    second = held(1)
     stream = client.open("configure", NEW)
     until(lambda: (etc / "hostname").read_text() == "box-b\n", "the first is written")
     client.send(Cancel(stream))
     assert client.finish(stream).fault == "cancelled"
     until(lambda: guest.children() == {}, "its child has ended")
+    second.unlink()
     assert (etc / "machine-id").read_text() == "a" * 32 + "\n"
     assert client.call("configure", OLD).reply == {}
     assert (etc / "hostname").read_text() == "box-a\n"
     assert client.call("exec", {"cmd": "uname -n"}).stdout == b"box-a\n"
 
 
-def test_of_two_at_once_nothing_is_believed(slow, etc, until):
+def test_of_two_at_once_nothing_is_believed(slow, etc, until, held):
     """The first to begin is the last to write, and the values of the second are written again when they come again."""
     guest, client = slow
+    replacing = held(0)
     first = client.open("configure", {"hostname": "box-first"})
     (child,) = until(guest.children, "it has a child")
     until((etc / "hostname.capsule").exists, "it is about to replace the file")
     os.kill(child, signal.SIGSTOP)
+    until(lambda: guest.children()[child] == "T", "it stands still")
+    replacing.unlink()
     (etc / "hostname.capsule").rename(etc / "hostname.kept")
     assert client.call("configure", {"hostname": "box-second"}).reply == {}
     (etc / "hostname.kept").rename(etc / "hostname.capsule")

@@ -185,10 +185,12 @@ def test_nobody_attached_means_nothing_waits(client, until, tmp_path):
 
 def test_grandchildren_of_one_that_ended_do_not_block(client, until, running, tmp_path):
     """The end is told after the grace; what they print afterwards is nobody's, and does not hold them up."""
-    done = tmp_path / "done"
-    stream, pid = start(client, f"(sleep 0.5; head -c 4000000 /dev/zero; touch {done}) & echo now")
+    done, go = tmp_path / "done", tmp_path / "go"
+    wait = f"while [ ! -e {go} ]; do sleep 0.05; done"
+    stream, pid = start(client, f"({wait}; head -c 4000000 /dev/zero; touch {done}) & echo now")
     outcome = client.finish(stream)
     assert (outcome.stdout, outcome.reply["exit_code"]) == (b"now\n", 0)
+    go.touch()
     until(done.exists, "the grandchild has printed everything")
     stream, _ = attach(client, pid)
     assert client.finish(stream).stdout == b"now\n"

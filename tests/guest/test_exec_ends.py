@@ -115,11 +115,13 @@ def test_a_grandchild_that_holds_the_pipes_delays_nothing(client, running):
     os.kill(pid, 9)
 
 
-def test_a_grandchild_that_floods_delays_nothing(client):
+def test_a_grandchild_that_floods_delays_nothing(client, tmp_path):
     """After the grace only what is in the pipe then is delivered."""
-    outcome = client.call("exec", {"cmd": "yes & echo $! >&2"})
+    flowing = tmp_path / "flowing"
+    flood = f"(head -c 100000 /dev/zero; touch {flowing}; exec yes) &"
+    outcome = client.call("exec", {"cmd": f"{flood} while [ ! -e {flowing} ]; do sleep 0.01; done"})
     assert outcome.reply["exit_code"] == 0
-    assert len(outcome.stdout) > 0
+    assert len(outcome.stdout) >= 100_000
 
 
 def test_output_shortly_after_the_exit_still_counts(client):

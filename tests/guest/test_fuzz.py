@@ -14,7 +14,10 @@ from agent.wire.codec import encode
 from agent.wire.messages import Cancel, Credit, Data, End, Goaway, Hello, Open, Ping
 
 SECONDS = 12.0
-"""Bound of the whole run; a seed reproduces it up to the machine's speed."""
+"""Of the whole run, longer only on a machine that takes longer for the fewest rounds; a seed reproduces it up to the
+machine's speed."""
+FEWEST, MOST = 100, 3000
+"""Rounds."""
 SEED = 20250607
 
 METHODS = [
@@ -189,7 +192,7 @@ def test_nothing_an_opener_sends_crashes_the_daemon(sanitized_binary, start_sett
     fuzz = Fuzz(random.Random(SEED), str(tmp_path))
     end = time.monotonic() + SECONDS
     rounds = 0
-    while time.monotonic() < end and rounds < 3000:
+    while rounds < FEWEST or (time.monotonic() < end and rounds < MOST):
         rounds += 1
         client = guest.connect(greet=False)
         frames = [bytes(encode(frame)) for frame in fuzz.conversation()]
@@ -210,7 +213,6 @@ def test_nothing_an_opener_sends_crashes_the_daemon(sanitized_binary, start_sett
         client.close()
         guest._clients.remove(client)
         assert guest.process.poll() is None
-    assert rounds > 100
     assert silent.closed_by_peer(timeout=11)
     client = until(lambda: greeted(guest), "a connection")
     assert client.call("thaw").reply == {}

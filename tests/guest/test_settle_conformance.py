@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import asynccontextmanager
 
 import pytest
@@ -50,6 +51,7 @@ async def test_settle_and_thaw(connect):
     """What was reached, in any order and number."""
     async with connect() as guest:
         assert await call(guest, "thaw") == {}
+        await trio.to_thread.run_sync(os.sync)  # what others have written takes its time
         for body in ({"timeout_ms": 25_000}, {"timeout_ms": 25_000, "thaw_after_ms": 60_000}):
             reply = await call(guest, "settle", body)
             assert (reply["frozen"], reply["synced"]) == (True, True)
