@@ -19,7 +19,7 @@ import trio
 from tests.cli.platform import KEY, open_platform
 from tests.cli.proxy import Proxy
 
-BOUND = 30
+BOUND = 90
 ROOT = Path(__file__).parents[2]
 
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import termios
 from collections import deque
+from contextlib import suppress
 
 import trio
 
@@ -127,7 +128,8 @@ class Job:
 
     def signal(self, number):
         if self.process.poll() is None:
-            os.killpg(self.pid, number)
+            with suppress(ProcessLookupError):  # it is just being waited for
+                os.killpg(self.pid, number)
 
     def resize(self, cols, rows):
         self.sizes.append((cols, rows))

@@ -12,12 +12,14 @@ BROKEN = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
 
 class Proxy:
-    """Passes on, both ways. `budget`: bytes towards the client until everything is cut; `closed`: nobody gets in."""
+    """Passes on, both ways. `budget`: bytes towards the client until everything is cut; `closed`: nobody gets in;
+    `passed`: what has gone to the client."""
 
     def __init__(self, port):
         self._port = port
         self._scopes = set()
         self.budget = None
+        self.passed = bytearray()
         self.closed = False
         self.cuts = 0
         self.turned_away = trio.Event()
@@ -64,6 +66,8 @@ class Proxy:
                         self.budget = None
                         self.cut()
                 await sink.send_all(data)
+                if counted:
+                    self.passed += data
             await sink.send_eof()
 
 

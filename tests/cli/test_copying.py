@@ -66,7 +66,7 @@ async def test_an_upload_that_is_cut_is_said(started, platform, proxy, until):
     process.stdin.flush()
     await until(lambda: platform.beginning)
     proxy.cut()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         _, told = await trio.to_thread.run_sync(process.communicate, b"more" * 1_000_000, abandon_on_cancel=True)
     code, err = process.returncode, told.decode()
     assert (code, err.startswith("capsule: the connection was lost")) == (125, True)
@@ -134,7 +134,7 @@ async def test_devices_and_links_stay_what_they_are(capsule, platform, tmp_path)
     assert ((tmp_path / "link").is_symlink(), (tmp_path / "real").read_bytes()) == (True, CONTENT)
     held = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)  # a reader waits for no writer that never comes
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(capsule, "cp", f"{SB}:/x", "pipe")
                 assert await _read(held, len(CONTENT)) == CONTENT

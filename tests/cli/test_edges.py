@@ -27,7 +27,7 @@ async def test_nohup_holds(started, until, platform):
         "exec", SB, "--", "sh", "-c", "echo ready; read x; echo $x", stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         preexec_fn=_ignore_hangups,
     )  # fmt: skip
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         assert await trio.to_thread.run_sync(process.stdout.readline, abandon_on_cancel=True) == b"ready\n"
         process.send_signal(signal.SIGHUP)
         out, _ = await trio.to_thread.run_sync(process.communicate, b"still\n", abandon_on_cancel=True)
@@ -47,7 +47,7 @@ async def test_a_stream_that_is_closed_is_nothing_else(started, closed, words, c
     """`<&-`, `>&-`: never the connection to the server, which would have the lowest number that is free."""
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = started(*words, preexec_fn=lambda: os.close(closed), **pipes)
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         found = await trio.to_thread.run_sync(process.communicate, abandon_on_cancel=True)
     assert (process.returncode, found) == (code, seen)
 
@@ -63,7 +63,7 @@ async def test_a_pipe_that_stands_still_can_be_interrupted(started, platform, tm
     if arguments[0] != "pipe":
         await until(lambda: any("/files/stream/read" in path for _, path in platform.asked))
     process.send_signal(signal.SIGINT)
-    await until(lambda: process.poll() is not None, 10)
+    await until(lambda: process.poll() is not None)
     os.close(held)
     assert process.returncode == -signal.SIGINT
 
@@ -119,7 +119,7 @@ def test_where_there_is_no_unix():
     def run(*arguments):
         return subprocess.run(
             [sys.executable, "-c", WITHOUT_UNIX, *arguments],
-            capture_output=True, text=True, check=False, timeout=30, env={"HOME": "/nonexistent"},
+            capture_output=True, text=True, check=False, timeout=90, env={"HOME": "/nonexistent"},
         )  # fmt: skip
 
     assert run("sandbox", "ls", "--help").returncode == 0

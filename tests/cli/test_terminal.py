@@ -40,7 +40,7 @@ async def test_without_a_command_it_is_a_login_shell(screen, platform):
 async def test_ctrl_c_is_the_remote_programs(screen):
     """It interrupts what runs there, not us."""
     it = screen("exec", "-t", SB, "--", *SHELL)
-    it.type(b"echo a''b; sleep 100\r")
+    it.type(b"sh -c \"echo a''b; exec sleep 100\"\r")  # what says so is in the foreground
     await it.expect(b"ab\r\n")
     it.type(b"\x03")
     it.type(b"echo c''d $?; exit\r")

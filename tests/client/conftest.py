@@ -158,7 +158,7 @@ def level():
 def until():
     """Waits for a level, bounded."""
 
-    async def wait(condition, limit=10):
+    async def wait(condition, limit=30):
         with trio.fail_after(limit):
             while not condition():
                 await trio.sleep(0.01)

@@ -82,7 +82,7 @@ async def test_a_signal_overtakes_input_that_waits(platform, until, level):
         nursery.start_soon(process.send, bytes(32 * 1024 * 1024))
         await level(lambda: len(fake.received), still=0.2)
         platform.sandboxes.run(42)
-        with trio.fail_after(5):
+        with trio.fail_after(30):
             await process.signal("SIGTERM")
         await until(lambda: ("signal_process", 15) in [(name, args[-1]) for name, args in platform.sandboxes.asked])
         nursery.cancel_scope.cancel()
@@ -111,6 +111,7 @@ async def test_endings_have_their_names(platform, until):
             pass
     async with platform.sandbox.stream("x") as process:
         fake = await playing(platform, until)
+        await until(lambda fake=fake: fake._said.statistics().tasks_waiting_receive)
         fake.fail(InvalidState("it was paused"))
         with pytest.raises(StreamClosed) as caught:
             await process.wait()
@@ -191,6 +192,7 @@ async def test_a_paused_terminal_is_not_tried_again(platform, until, quick):
     """Only what passes is waited for."""
     async with platform.sandbox.terminal(reconnect=True) as terminal:
         fake = await playing(platform, until)
+        await until(lambda fake=fake: fake._said.statistics().tasks_waiting_receive)
         fake.fail(InvalidState("it was paused"))
         with pytest.raises(StreamClosed) as caught:
             await terminal.wait()
