@@ -369,7 +369,8 @@ def root():
         # Also after a test that was ended by its time-out, when nothing asynchronous can clean up any more.
         for found in processes():
             if found.directory.is_relative_to(name):
-                os.kill(found.identity.pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it is just ending
+                    os.kill(found.identity.pid, signal.SIGKILL)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def test_another_start_time_is_another_process(sleeper):
     identity = read_identity(sleeper.pid)
     assert WatchedProcess.open(replace(identity, start_time=identity.start_time - 1)) is None
     assert WatchedProcess.open(VmProcess(2**22 + 5, 1)) is None
-    assert read_stat(sleeper.pid).state in "RS"
+    assert read_stat(sleeper.pid).state in "RSD"
 
 
 def test_a_zombie_is_not_a_running_process(sleeper):

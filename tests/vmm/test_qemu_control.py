@@ -74,8 +74,7 @@ class Qemu:
 
 @pytest.fixture
 async def qemu(tmp_path, nursery, monkeypatch):
-    for name in ("QMP_TIMEOUT", "FLUSH_TIMEOUT", "DYING_TIMEOUT"):
-        monkeypatch.setattr(qemu_control, name, 1.0)
+    monkeypatch.setattr(qemu_control, "DYING_TIMEOUT", 0.2)
     machine = Qemu({})
     with trio.socket.socket(socket.AF_UNIX) as listener:
         await listener.bind(str(tmp_path / "qmp.sock"))
@@ -150,7 +149,8 @@ async def test_a_save_that_fails_is_cancelled(qemu):
 
 async def test_a_save_that_never_ends_is_given_up(qemu, monkeypatch):
     """QEMU accepts and writes nothing: bounded, and cancelled."""
-    monkeypatch.setattr(qemu_state, "SAVE_TIMEOUT", 0.2)
+    monkeypatch.setattr(qemu_state, "SAVE_TIMEOUT", 2.0)
+    monkeypatch.setattr(qemu_control, "QMP_TIMEOUT", 2.0)
     qemu.answers |= {"query-status": PAUSED, "query-migrate": {"status": "active"}}
     with trio.fail_after(30), pytest.raises(VmStateFailed, match="not written its state"):
         await qemu.control.save_state()
