@@ -55,10 +55,10 @@ class NamedSnapshots:
         """A snapshot of the sandbox; the one that is there, or being made, under this id. Raises Fault."""
         if snapshot_id not in self._ids and snapshot_id not in self._making:
             await self._check_room()
-        if snapshot_id in self._ids:
-            return await self.describe(snapshot_id)
         if snapshot_id in self._removed:
             raise _was_removed()
+        if snapshot_id in self._ids:
+            return await self._tell_again(snapshot_id)
         slot = self._making.get(snapshot_id)
         if slot is None or slot.answered():
             slot = self._making[snapshot_id] = find().checkpoint(snapshot_id)
@@ -67,6 +67,19 @@ class NamedSnapshots:
         finally:
             if slot.answered() and self._making.get(snapshot_id) is slot:
                 del self._making[snapshot_id]
+
+    async def _tell_again(self, snapshot_id: str) -> SnapshotState:
+        """What was made before. Raises Fault, also when it is taken back meanwhile: who asks would count on it."""
+        failure: Fault | None = None
+        try:
+            state = await self.describe(snapshot_id)
+        except Fault as fault:
+            failure = fault
+        if snapshot_id in self._removed:
+            raise _was_removed() from failure
+        if failure is not None:
+            raise failure
+        return state
 
     async def _check_room(self) -> None:
         """Fault `no_capacity`: what templates take must not be what a pause or an overlay needs next."""

@@ -311,6 +311,39 @@ async def test_a_snapshot_removed_while_it_is_made(host, autojump_clock):
         assert agent.manager.named.ids() == []
 
 
+@pytest.mark.parametrize("looked", [False, True])
+async def test_a_snapshot_removed_while_it_is_told_of(host, autojump_clock, monkeypatch, looked):
+    """Asked for again, and taken back before the answer: nobody is told that it is there."""
+    async with host.agent() as agent:
+        await agent.create(ONE)
+        await agent.snapshot(SNAPSHOT, ONE)
+        named, begun, gate = agent.manager.named, trio.Event(), trio.Event()
+        describe = named.describe
+
+        async def slow(snapshot_id):
+            found = await describe(snapshot_id) if looked else None
+            begun.set()
+            await gate.wait()
+            return found or await describe(snapshot_id)
+
+        monkeypatch.setattr(named, "describe", slow)
+        faults = []
+
+        async def again():
+            with pytest.raises(Fault) as caught:
+                await agent.snapshot(SNAPSHOT, ONE)
+            faults.append(caught.value)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(again)
+            await begun.wait()
+            await named.remove(SNAPSHOT)
+            gate.set()
+        (fault,) = faults
+        assert (fault.code, fault.details) == (FaultCode.INVALID_STATE, {"object": "snapshot"})
+        await agent.check()
+
+
 async def test_one_id_asked_for_twice_at_once(host, autojump_clock):
     """One snapshot, two answers; a client that hangs up changes nothing."""
     async with host.agent() as agent:
