@@ -83,6 +83,8 @@ class NamedSnapshots:
 
     async def _check_room(self) -> None:
         """Fault `no_capacity`: what templates take must not be what a pause or an overlay needs next."""
+        # Who asked for it may have gone away before the answer.
+        self._making = {one: slot for one, slot in self._making.items() if not slot.answered()}
         if len(self._ids) + len(self._making) >= MAX_NAMED:
             raise Fault(FaultCode.NO_CAPACITY, f"this host has {MAX_NAMED} snapshots: remove some", retryable=True)
         await trio.to_thread.run_sync(check_disk, self._parts.state.root)
