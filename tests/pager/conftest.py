@@ -73,8 +73,16 @@ def _descriptors():
 
 @pytest.fixture
 def open_files():
-    """The names of a process's open descriptors."""
-    return lambda pid: [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in descriptors(pid)]  # noqa: PTH115
+    """The names of a process's open descriptors, without those that it closes meanwhile."""
+
+    def names(pid):
+        found = []
+        for number in descriptors(pid):
+            with suppress(FileNotFoundError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{number}"))  # noqa: PTH115
+        return found
+
+    return names
 
 
 @dataclass

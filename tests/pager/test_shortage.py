@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 from pathlib import Path
@@ -38,6 +39,7 @@ def test_a_shortage_is_no_damage(paged, snapshot, monkeypatch, number, code, des
         if str(name) == str(path):
             raise OSError(code, os.strerror(code), str(path))
 
+    gc.collect()  # what tests before this one have left
     before = descriptors()
     with monkeypatch.context() as short:
         short.setattr(os, "open", lambda name, *rest, **options: refuse(name) or real(name, *rest, **options))
