@@ -97,14 +97,18 @@ class Fleet:
     @asynccontextmanager
     async def daemon(self, *joining, **changes):
         """Run the daemon; at the end it gets SIGTERM and must end by itself."""
-        with trio.fail_after(90):
-            async with trio.open_nursery() as nursery:
-                ended = trio.Event()
-                nursery.start_soon(self._serve, self.settings(**changes), ended, *joining)
-                yield ended
-                if not ended.is_set():
-                    os.kill(os.getpid(), signal.SIGTERM)
-                await ended.wait()
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # one that it is too late for must not end us all
+        try:
+            with trio.fail_after(90):
+                async with trio.open_nursery() as nursery:
+                    ended = trio.Event()
+                    nursery.start_soon(self._serve, self.settings(**changes), ended, *joining)
+                    yield ended
+                    if not ended.is_set():
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    await ended.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     async def _serve(self, settings, ended, *joining):
         try:
