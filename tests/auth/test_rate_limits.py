@@ -81,7 +81,7 @@ async def test_the_window_slides(db):
 
     await age(DAY)  # the same moment of the next window: the share that is left of the last one weighs
     elapsed = await db.run(lambda c: c.fetchval("select (extract(epoch from now()) / 86400 % 1)::float8"))
-    if 0.01 < elapsed < 0.99:  # away from the turn of the day, whose two sides differ
+    if 0.001 < elapsed % 0.25 < 0.249:  # away from the turn of a quarter of the day, whose two sides differ
         assert await attempts([limits], 5) == int(4 - 4 * (1 - elapsed))
     await age(2 * DAY)
     assert await attempts([limits], 5) == 4

@@ -15,7 +15,10 @@ async def host(people):
 
 
 async def actions(people):
-    rows = await people.sql("select action, scope, status, metadata::text from audit_logs where resource_type = 'host'")
+    rows = await people.sql(
+        """select action, scope, status, metadata::text from audit_logs where resource_type = 'host'
+           order by created_at"""
+    )
     return [tuple(row) for row in rows]
 
 

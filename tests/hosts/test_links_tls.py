@@ -22,7 +22,8 @@ from capsule.hosts.directory import Endpoint
 from capsule.hosts.links import HostLinks, tls_dial
 from capsule.hosts.tls import ClientContexts
 
-SETTINGS = Settings(database_url="x", secret_key="s" * 32, connect_timeout=1.0)
+SETTINGS = Settings(database_url="x", secret_key="s" * 32, connect_timeout=20.0)
+"""A handshake has two sides in this process, and a busy machine."""
 HERE = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 
 
@@ -99,28 +100,36 @@ async def links(authority, directory, nursery):
     return links
 
 
+@pytest.fixture
+async def hasty_links(authority, directory, nursery):
+    """For hosts that are not reached."""
+    links = HostLinks(directory, tls_dial(ClientContexts(authority)), replace(SETTINGS, connect_timeout=1.0))
+    await nursery.start(links.run)
+    return links
+
+
 async def test_the_pinned_agent_is_reached(authority, directory, links, nursery):
     agent = await Agent(authority).start(nursery)
     directory.rows[agent.host] = agent.endpoint()
     with trio.fail_after(30):
-        assert (await links.call(agent.host, "echo", {}, timeout=5))["host"] == str(agent.host)
+        assert (await links.call(agent.host, "echo", {}, timeout=20))["host"] == str(agent.host)
 
 
-async def test_another_host_at_the_address_is_never_asked(authority, directory, links, nursery):
+async def test_another_host_at_the_address_is_never_asked(authority, directory, hasty_links, nursery):
     """A host that took over an address gets no request, and the caller a retryable fault."""
     agent, other = await Agent(authority).start(nursery), Agent(authority)
     directory.rows[other.host] = agent.endpoint(pinned=other.credentials.cert_pem)
     with trio.fail_after(30), pytest.raises(Fault) as caught:
-        await links.call(other.host, "echo", {}, timeout=5)
+        await hasty_links.call(other.host, "echo", {}, timeout=5)
     assert (caught.value.code, caught.value.retryable) == ("unavailable", True)
 
 
-async def test_an_agent_of_another_fleet_is_refused(directory, links, nursery):
+async def test_an_agent_of_another_fleet_is_refused(directory, hasty_links, nursery):
     """Even when its certificate is the pinned one: our root comes first."""
     agent = await Agent(CertificateAuthority.create()).start(nursery)
     directory.rows[agent.host] = agent.endpoint()
     with trio.fail_after(30), pytest.raises(Fault):
-        await links.call(agent.host, "echo", {}, timeout=5)
+        await hasty_links.call(agent.host, "echo", {}, timeout=5)
 
 
 async def test_a_row_ahead_of_its_agent_is_waited_for(authority, directory, links, nursery):
@@ -131,7 +140,7 @@ async def test_a_row_ahead_of_its_agent_is_waited_for(authority, directory, link
     answers = []
 
     async def ask():
-        answers.append(await links.call(agent.host, "echo", {}, timeout=5))
+        answers.append(await links.call(agent.host, "echo", {}, timeout=20))
 
     with trio.fail_after(30):
         async with trio.open_nursery() as callers:
@@ -140,6 +149,11 @@ async def test_a_row_ahead_of_its_agent_is_waited_for(authority, directory, link
                 await trio.sleep(0.01)
             install_certificate(agent.context, renewed)
     assert len(answers) == 1
+
+
+async def at_least(count, things):
+    while len(things) < count:
+        await trio.sleep(0.01)
 
 
 @pytest.fixture
@@ -159,48 +173,50 @@ async def test_a_renewal_drops_no_request(quick_looks, authority, directory, lin
 
     async def ask(method):
         while not done.is_set():
-            await links.call(agent.host, method, {"seconds": 0.3}, timeout=5)
+            await links.call(agent.host, method, {"seconds": 0.3}, timeout=20)
             answers[method] += 1
             await trio.sleep(0.005)
 
     async def watch():
         nonlocal failures
         while not done.is_set():
-            connections.add(links._links[agent.host])
+            connections.update({links._links.get(agent.host)} - {None})
             failures += sum(link.failed_dials for link in links.statistics().values())
             await trio.sleep(0.01)
 
     served = agent.credentials
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with trio.open_nursery() as callers:
             for method in ("echo", "slow", "slow"):
                 callers.start_soon(ask, method)
-            await links.call(agent.host, "echo", {}, timeout=5)
+            await links.call(agent.host, "echo", {}, timeout=20)
             callers.start_soon(watch)
+            await at_least(1, connections)
             for lost in (False, True, False):
                 renewals = [agent.issue(served.key_pem) for _ in range(2 if lost else 1)]
                 for cert_pem in renewals:  # of two, the first never arrives
                     directory.rows[agent.host] = agent.endpoint(pinned=cert_pem, earlier=served.cert_pem)
-                    await trio.sleep(0.4)
+                    await at_least(len(connections) + 1, connections)
+                    await trio.sleep(0.3)
                 served = replace(served, cert_pem=renewals[-1])
                 install_certificate(agent.context, served)
                 await trio.sleep(0.2)
+            while min(answers.values()) < 5:
+                await trio.sleep(0.01)
             done.set()
     assert failures == 0
-    assert len(connections) >= 5
-    assert min(answers.values()) >= 5
 
 
-async def test_a_certificate_before_the_earlier_one_is_refused(authority, directory, links, nursery):
+async def test_a_certificate_before_the_earlier_one_is_refused(authority, directory, hasty_links, nursery):
     agent = await Agent(authority).start(nursery)
     second, third = (agent.issue(agent.credentials.key_pem) for _ in range(2))
     directory.rows[agent.host] = agent.endpoint(pinned=third, earlier=second)
     with trio.fail_after(30), pytest.raises(Fault):
-        await links.call(agent.host, "echo", {}, timeout=5)
+        await hasty_links.call(agent.host, "echo", {}, timeout=5)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", f"{'x' * 63}.invalid:1"])
-async def test_an_address_nobody_listens_at_is_unavailable(directory, links, address, monkeypatch):
+async def test_an_address_nobody_listens_at_is_unavailable(directory, hasty_links, address, monkeypatch):
     """Refused or unknown, it is the same to the caller."""
 
     async def resolve(*_, **__):
@@ -212,16 +228,16 @@ async def test_an_address_nobody_listens_at_is_unavailable(directory, links, add
     host = uuid4()
     directory.rows[host] = Endpoint(address, "0" * 64, 1)
     with trio.fail_after(30), pytest.raises(Fault) as caught:
-        await links.call(host, "echo", {}, timeout=5)
+        await hasty_links.call(host, "echo", {}, timeout=5)
     assert caught.value.code == "unavailable"
 
 
-async def test_a_listener_that_never_answers_is_given_up(directory, links):
+async def test_a_listener_that_never_answers_is_given_up(directory, hasty_links):
     """TCP accepts, TLS stays silent: the caller's connect time-out, not more."""
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with listener:
         host = uuid4()
         directory.rows[host] = Endpoint(f"127.0.0.1:{listener.socket.getsockname()[1]}", "0" * 64, 1)
         with trio.fail_after(30), pytest.raises(Fault) as caught:
-            await links.call(host, "echo", {}, timeout=5)
+            await hasty_links.call(host, "echo", {}, timeout=5)
     assert caught.value.code == "unavailable"

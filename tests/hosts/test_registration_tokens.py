@@ -132,7 +132,7 @@ async def test_of_many_at_once_one_gets_it(stored, host):
 async def test_a_failure_leaves_it_good(stored, host):
     """For no longer than it was, and nothing of the failed use is left."""
     await stored.tokens.keep(host, HASH, created_by=None)
-    assert 3590 < await stored.seconds_left(HASH) <= 3600
+    assert 3540 < await stored.seconds_left(HASH) <= 3600
     before = await stored.seconds_left(HASH)
     with pytest.raises(LookupError):
         await stored.tokens.spend(HASH, fails)
@@ -236,7 +236,7 @@ async def test_redis_that_is_away_spends_nothing(own_redis, db, host):
     await store.keep(host, HASH, created_by=None)
     own_redis.stop()
     for ask in (store.keep(host, OTHER, created_by=None), store.spend(HASH, the_host)):
-        with trio.fail_after(5), pytest.raises(TokensUnavailable) as caught:
+        with trio.fail_after(30), pytest.raises(TokensUnavailable) as caught:
             await ask
         assert caught.value.retry_after
     assert await db.run(lambda tx: tx.fetch("select from host_registration_tokens")) == []
@@ -259,7 +259,7 @@ async def test_redis_that_does_not_answer_spends_nothing(own_redis, db, host):
 
     own_redis.pause()
     try:
-        with trio.fail_after(15):
+        with trio.fail_after(40):
             async with trio.open_nursery() as nursery:
                 for _ in range(20):
                     nursery.start_soon(spend)

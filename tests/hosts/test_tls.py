@@ -78,7 +78,7 @@ async def dial(server, client):
             outcome.of_client = stream.peer_certificate()
             await stream.send_all(b"welcome")
 
-    with trio.fail_after(10):
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
             start = partial(serve_tls, answer, host="127.0.0.1", port=0, context=server)
             port = await nursery.start(start)

@@ -27,7 +27,7 @@ from capsule.dev import bootstrap
 from tests.fixtures.fleet import World
 
 SECRET = "CAPSULE_SECRET_KEY=" + "s" * 40
-BOUND = 30
+BOUND = 60
 
 
 @pytest.fixture
@@ -78,14 +78,14 @@ def wait_for(process, text):
 def complaint(tmp_path, monkeypatch, free_port):
     """What `capsule serve` says with these settings, and its exit code; in this process, which starts faster."""
 
-    def run(*settings):
+    def run(*settings, patience=2.0):
         for name in list(os.environ):
             if name.startswith("CAPSULE_"):
                 monkeypatch.delenv(name)
         for name, value in (one.split("=", 1) for one in (f"CAPSULE_BIND=127.0.0.1:{free_port}", *settings)):
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(control, "DATABASE_PATIENCE", 0.2)
+        monkeypatch.setattr(control, "DATABASE_PATIENCE", patience)
         result = CliRunner().invoke(main, ["serve"])
         return result.output.splitlines()[-1], result.exit_code, result.output
 
@@ -142,7 +142,7 @@ def test_an_address_that_is_taken(complaint, postgres_dsn, free_port):
     with socket.socket() as one:
         one.bind(("127.0.0.1", free_port))
         one.listen()
-        line, code, _ = complaint(SECRET, f"{URL}{postgres_dsn}")
+        line, code, _ = complaint(SECRET, f"{URL}{postgres_dsn}", patience=BOUND)
     assert line.startswith("capsule: ")
     assert "ddress already in use" in line
     assert code == 1
@@ -174,7 +174,7 @@ def test_a_database_that_is_not_up_yet_is_waited_for(serve, not_yet, free_port):
         httpx.get(f"http://127.0.0.1:{free_port}/health", trust_env=False)
     come()
     wait_for(process, "control_plane_serving")
-    assert httpx.get(f"http://127.0.0.1:{free_port}/ready", trust_env=False).status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{free_port}/ready", trust_env=False, timeout=BOUND).status_code == 200
     process.send_signal(signal.SIGTERM)
     said(process)
     assert process.returncode == 0
