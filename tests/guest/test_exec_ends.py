@@ -33,13 +33,21 @@ def test_a_signal_shows_in_the_exit_code(client):
     assert outcome.reply["timed_out"] is False
 
 
+ALLOWED = (1000, 5000, 25_000)
+"""Milliseconds for FAMILY to print in: the first of them that is enough on this machine, as busy as it is."""
+
+
 def test_time_out_kills_the_group_and_keeps_the_output(client, running, until):
     """The REPLY says so, after the output so far."""
-    stream, pids = family(client, {"timeout_ms": 2000})
-    outcome = client.finish(stream)
-    assert outcome.reply["timed_out"] is True
-    assert outcome.reply["exit_code"] == 137
-    assert outcome.reply["duration_ms"] >= 2000
+    for allowed in ALLOWED:
+        outcome = client.call("exec", {"cmd": FAMILY, "timeout_ms": allowed})
+        assert outcome.reply["timed_out"] is True
+        assert outcome.reply["exit_code"] == 137
+        assert outcome.reply["duration_ms"] >= allowed
+        if outcome.stdout:
+            break
+    pids = [int(pid) for pid in outcome.stdout.split()]
+    assert len(pids) == 2
     until(lambda: not any(map(running, pids)), "the group is dead")
 
 
@@ -59,11 +67,13 @@ def test_cancel_kills_the_group(client, running, until):
 
 def test_the_openers_deadline_kills_the_group(client, running, until):
     """OPEN's timeout_ms: the work is stopped, the answer is a FAULT."""
-    stream = client.open("exec", {"cmd": FAMILY}, timeout_ms=2000)
-    outcome = client.finish(stream)
+    for allowed in ALLOWED:
+        outcome = client.call("exec", {"cmd": FAMILY}, timeout_ms=allowed)
+        assert outcome.fault == "deadline_exceeded"
+        if outcome.stdout:
+            break
     pids = [int(pid) for pid in outcome.stdout.split()]
     assert len(pids) == 2
-    assert outcome.fault == "deadline_exceeded"
     until(lambda: not any(map(running, pids)), "the group is dead")
 
 

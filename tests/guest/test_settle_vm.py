@@ -143,12 +143,13 @@ def reach(make_client, until):
 
 
 @pytest.fixture
-def client(booted, reach):
+def client(booted, reach, until):
     connection = reach(booted)
     yield connection
     connection.call("thaw")
     for process in connection.call("processes.list").reply["processes"]:
         connection.call("processes.signal", {"process": process["pid"], "signal": 9})
+    until(lambda: processes(connection) == 0, "all have ended", 60)
 
 
 def shell(client, command, **body):
@@ -190,10 +191,10 @@ def test_fifty_processes_and_a_spawner_freeze_in_time(client, until):
     until(lambda: size(client, "/run/count"), "it counts", 60)
     until(lambda: processes(client) > 50, "all run", 60)
     began = time.monotonic()
-    reply = client.call("settle", {"timeout_ms": 10_000}).reply
+    reply = client.call("settle", {"timeout_ms": 25_000}).reply
     took = time.monotonic() - began
     assert reply["frozen"] is True
-    assert took < 15
+    assert took < 29
     counted = size(client, "/run/count")
     end = time.monotonic() + 1
     while time.monotonic() < end:

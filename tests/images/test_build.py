@@ -218,10 +218,10 @@ def test_confined_program_dies_with_the_builder(tmp_path: Path) -> None:
     waiting.register(descriptor, select.POLLIN)
     try:
         with subprocess.Popen([sys.executable, "-c", script]) as builder:
-            assert waiting.poll(20_000), "the program never started"
+            assert waiting.poll(60_000), "the program never started"
             assert os.read(descriptor, 10) == b"up\n"
             builder.kill()
-        assert waiting.poll(10_000) == [(descriptor, select.POLLHUP)], "a process still holds the pipe"
+        assert waiting.poll(60_000) == [(descriptor, select.POLLHUP)], "a process still holds the pipe"
     finally:
         os.close(descriptor)
 

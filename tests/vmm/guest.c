@@ -75,7 +75,7 @@ int main(void) {
     setvbuf(stdout, NULL, _IONBF, 0);
     printf("init runs: %s\n", mode);
     if (!strncmp(mode, "count-", 6)) {
-        count(60);
+        count(100); /* five seconds for who wants to save it before its end */
         mode += 6;
     }
     if (!strcmp(mode, "count")) count(1 << 30);
