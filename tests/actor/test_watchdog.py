@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
@@ -38,7 +39,11 @@ def held_by(*tasks) -> list[tuple[str, float]]:
             for task in tasks:
                 nursery.start_soon(task, name=task.__name__)
 
-    trio.run(main, instruments=[LoopWatchdog(lambda name, seconds: reports.append((name, seconds)))])
+    gc.disable()  # a collection of what earlier tests left behind holds the loop, too
+    try:
+        trio.run(main, instruments=[LoopWatchdog(lambda name, seconds: reports.append((name, seconds)))])
+    finally:
+        gc.enable()
     return reports
 
 

@@ -57,7 +57,7 @@ async def test_runs_in_a_session_of_its_own_until_stopped(make, started, until):
     program, pids = make(OBEYS)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(program.run)
-        await until(started.exists)
+        await until(lambda: started.exists() and program.pid)  # it may say so before we know it
         assert pids == [program.pid]
         assert os.getsid(program.pid) == program.pid != os.getsid(0)
         await program.stop(20)
@@ -112,10 +112,10 @@ async def test_a_killed_one_is_replaced(make, started, until):
     program, pids = make(OBEYS)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(program.run)
-        await until(started.exists)
+        await until(lambda: started.exists() and program.pid)
         started.unlink()
         os.kill(pids[0], signal.SIGKILL)
-        await until(started.exists)
+        await until(lambda: started.exists() and program.pid)
         assert program.pid == pids[1] != pids[0]
         await program.stop(20)
 
@@ -125,7 +125,7 @@ async def test_one_that_does_not_hear_is_killed_after_the_patience(make, started
     program, pids = make(DEAF)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(program.run)
-        await until(started.exists)
+        await until(lambda: started.exists() and program.pid)
         began = trio.current_time()
         with trio.fail_after(20):
             await program.stop(0.2)
@@ -138,7 +138,7 @@ async def test_cancellation_kills_it(make, started, until):
     program, pids = make(DEAF)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(program.run)
-        await until(started.exists)
+        await until(lambda: started.exists() and program.pid)
         nursery.cancel_scope.cancel()
     assert not alive(pids[0])
 
