@@ -209,13 +209,13 @@ async def test_a_sign_up_while_the_same_one_commits(people, monkeypatch, look):
         found = await real(*args)
         if not looked.is_set():
             looked.set()
-            assert await asyncio.to_thread(committed.wait, 10)
+            assert await asyncio.to_thread(committed.wait, 60)
         return found
 
     monkeypatch.setattr(module, name, held)
 
     async def overtaking():
-        assert await trio.to_thread.run_sync(looked.wait, 10)
+        assert await trio.to_thread.run_sync(looked.wait, 60)
         answer = await sign_up_with_key(people)
         committed.set()
         return answer

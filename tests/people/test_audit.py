@@ -41,7 +41,7 @@ class Trail:
         return Principal(team_id=self.team, actor_type="user", actor_id=uuid4(), actor_name="a@example.org", role=role)
 
     async def sql(self, statement, *parameters):
-        return await self.db.run(lambda connection: connection.fetch(statement, *parameters))
+        return await self.db.run(lambda connection: connection.fetch(statement, *parameters), timeout=60)
 
     async def add(self, *, at=None, resource="sandbox", action="create", scope="team", team=None):
         """A row; returns its id."""

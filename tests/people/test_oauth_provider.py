@@ -151,7 +151,7 @@ async def test_one_that_never_answers(people, github, browser, ada, monkeypatch,
     """Given up after the deadline, which all questions share."""
     monkeypatch.setattr(oauth, "PROVIDER_DEADLINE", 0.4)
     github.answers[path] = trio.sleep_forever
-    with trio.fail_after(5):
+    with trio.fail_after(9):
         assert await browser.agree(github, ada) == {"error": "exchange_failed"}
     assert await nobody_registered(people)
 
@@ -160,7 +160,7 @@ async def test_one_that_answers_byte_by_byte(people, github, browser, ada, monke
     """Each byte in time, all together not."""
     monkeypatch.setattr(oauth, "PROVIDER_DEADLINE", 0.4)
     github.answers[USER] = Answer(b" ", pause=0.05, chunks=1000)
-    with trio.fail_after(5):
+    with trio.fail_after(9):
         assert await browser.agree(github, ada) == {"error": "exchange_failed"}
 
 

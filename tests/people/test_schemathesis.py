@@ -13,7 +13,7 @@ import trio
 from tests.fixtures.people import quick_settings
 
 SEED = 1815
-SECONDS = 90
+SECONDS = 300
 PEOPLE = "^/v1/(auth|me|teams|users|api-keys|audit-logs|admin)"
 RUNS = {
     "nobody": ("--phases=fuzzing", "--max-examples=1", "--exclude-path-regex=^/v1/capsules"),

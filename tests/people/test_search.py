@@ -63,8 +63,11 @@ async def test_who_may(people):
     await people.sql("update teams set deleted_at = now() where id <> $1 and slug <> '000000-000000'", team.id)
     for person, status in ((team.owner, 200), (team.admin, 200), (member, 403)):
         assert (await person.get("/v1/users/search?email=x@y")).status_code == status
-    statuses = [(await team.admin.get("/v1/users/search?email=x@y")).status_code for _ in range(60)]
-    assert statuses.count(200) >= 50
-    refused = await team.admin.get("/v1/users/search?email=x@y")
-    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limited")
-    assert 1 <= int(refused.headers["retry-after"]) <= 61
+    found, answer = 0, None
+    while answer is None or answer.status_code == 200:
+        answer = await team.admin.get("/v1/users/search?email=x@y")
+        found += answer.status_code == 200
+        assert found <= 120  # a minute's share, and another's if it turns meanwhile
+    assert found >= 50
+    assert (answer.status_code, answer.json()["error"]["code"]) == (429, "rate_limited")
+    assert 1 <= int(answer.headers["retry-after"]) <= 61
