@@ -104,7 +104,7 @@ async def test_pages_of_any_size_have_each_row_once_though_times_are_equal(trail
             assert sorted(old) == sorted(one for one, kind in there.items() if kind in kinds)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(KINDS)), max_size=12), limit=st.integers(1, 5))
 def test_paging_is_a_partition(postgres_dsn, rows, limit):
     """Any rows at any few times, any limit, any choice of kinds: the pages together are the rows, sorted."""
