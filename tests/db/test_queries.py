@@ -171,7 +171,8 @@ async def test_touch_is_written_once_a_second_and_only_while_running(
 
     async def touch_once_used(tx: Connection, seconds: float) -> tuple[datetime, datetime, bool]:
         """Touch one last used so long ago: when that was, what is noted now, and whether it was not due yet."""
-        back = "update sandboxes set last_active_at = clock_timestamp() - $2 where id = $1 returning last_active_at"
+        back = """update sandboxes set last_active_at = clock_timestamp() - $2::interval where id = $1
+                  returning last_active_at"""
         used = await tx.fetchval(back, running.id, timedelta(seconds=seconds))
         await sandboxes.touch(tx, running.id)
         look = "select last_active_at, clock_timestamp() - $2 < interval '1 second' from sandboxes where id = $1"
