@@ -18,7 +18,7 @@ import pytest
 
 from tests.e2e.fleet_stage import Stage
 
-START_SECONDS = 120
+START_SECONDS = 240
 HTTP_SECONDS = 150
 
 

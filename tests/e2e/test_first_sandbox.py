@@ -49,9 +49,8 @@ def test_exec_says_what_happened(api, create, run, poll):
     assert api.delete(f"/sandboxes/{sandbox['id']}/processes/{unnamed['tag']}").status_code == 204
     body = {"cmd": "sleep 1000", "background": True, "tag": "napper"}
     assert api.post(f"/sandboxes/{sandbox['id']}/exec", json=body).status_code == 202
-    assert [process["tag"] for process in api.get(f"/sandboxes/{sandbox['id']}/processes").json()["items"]] == [
-        "napper"
-    ]
+    listed = partial(api.get, f"/sandboxes/{sandbox['id']}/processes")
+    poll(lambda: [process["tag"] for process in listed().json()["items"]] == ["napper"], 20, "the napper alone")
     assert api.delete(f"/sandboxes/{sandbox['id']}/processes/napper").status_code == 204
     poll(lambda: run(sandbox, "pgrep -c sleep || true")["stdout"] == "0\n", 20, "all of them dead and reaped")
 

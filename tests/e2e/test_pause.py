@@ -104,6 +104,7 @@ def test_a_resumed_guest_is_of_today(create, run, post, poll):
     """After a resume: the clock is right within half a second, the name is its own, the processes are the same."""
     sandbox = create()
     run(sandbox, "sleep 100000", background=True)
+    poll(lambda: run(sandbox, "pgrep -x sleep")["stdout"], 20, "a shell that has become the sleep")
     before = run(sandbox, "hostname; cat /etc/machine-id; pgrep -x sleep")["stdout"]
     post(sandbox, "pause")
     time.sleep(3)  # the guest's clock stands meanwhile: that is what is tested

@@ -33,5 +33,5 @@ def test_every_answer_is_documented(start_platform):
             "--suppress-health-check=all",
             "--no-color",
         ]
-        done = subprocess.run(command, cwd=platform.data, capture_output=True, text=True, timeout=560, check=False)
+        done = subprocess.run(command, cwd=platform.data, capture_output=True, text=True, timeout=1200, check=False)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

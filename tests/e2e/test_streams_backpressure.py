@@ -30,7 +30,7 @@ class Memory:
 
     def __init__(self, platform, sandbox, run):
         ready = platform.ready
-        pager = [pid for pid in platform.pids() if b"pager" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        pager = [pid for pid in platform.pids() if b"pager" in _command(pid)]
         self._pids = {
             "control": ready["control_pids"],
             "agent": ready["agent_pids"],
@@ -48,6 +48,14 @@ class Memory:
             for name, pids in self._pids.items()
         }
         return {**found, "guest daemon": self._guest()}
+
+
+def _command(pid):
+    """Its command line, empty for one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 async def _flat(memory, before=None):

@@ -17,7 +17,7 @@ for text in map(os.fsencode, sys.argv[1:]):
     for at in range(len(text) + 1):
         for piece in (text[:at], text[at:]):
             os.write(1, piece)
-            time.sleep(0.004)
+            time.sleep(0.03)
 """
 ECHO = """
 import os, sys, tty
