@@ -25,7 +25,7 @@ from agent.pager.supervisor import PagerSupervisor, stop_pager
 from agent.snapshots.blocks import BuildWriter
 from agent.snapshots.header import NIL, PAGE, Header, Run
 
-SECONDS_PER_TEST = 120
+SECONDS_PER_TEST = 300
 CHUNK = 65536
 
 

@@ -45,7 +45,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "real_threads: files are written in threads, as in the daemon")
 
 
-SECONDS_PER_TEST = 180
+SECONDS_PER_TEST = 600
 
 
 @pytest.fixture(autouse=True)

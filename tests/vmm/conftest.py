@@ -41,7 +41,7 @@ TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI = 0x0002, 0x1000
 
 
-SECONDS_PER_TEST = 150
+SECONDS_PER_TEST = 300
 
 
 @pytest.fixture(autouse=True)
