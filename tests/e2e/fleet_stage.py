@@ -26,7 +26,7 @@ GATE = "10.77.0.1"
 FRONT = 8080
 """The port of the balancer: what agents and users know. Control planes have the ports after it."""
 AGENT_PORT = 7443
-BEAT, SILENCE = 2, 6
+BEAT, SILENCE, TOKEN_LIFETIME = 3, 9, 60
 """Seconds between heartbeats, and after which both sides count each other as lost."""
 EMAIL, PASSWORD = "grace@navy.example", "correct horse battery staple"
 INIT = "mount -t tmpfs netns /run/netns && ip link set lo up && echo ready && cat; exit"
@@ -208,6 +208,7 @@ class ControlPlane:
             "PUBLIC_URL": f"http://{GATE}:{FRONT}",
             "HEARTBEAT_INTERVAL": BEAT,
             "HEARTBEAT_TIMEOUT": SILENCE,
+            "HOST_TOKEN_LIFETIME": TOKEN_LIFETIME,
             "CREATE_TIMEOUT": 60,
             "SPOOL": self.directory,
         }
@@ -235,7 +236,7 @@ class ControlPlane:
 
     def leads(self):
         """Whether the fleet's monitor runs here."""
-        text = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=5).text
+        text = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=30).text
         return re.search(r"^capsule_monitor_leads 1(\.0)?$", text, re.MULTILINE) is not None
 
     def said(self, pattern):
