@@ -1,4 +1,5 @@
-"""The three secrets of a host: registration token (once, one hour), refresh token (60 days, rotating), JWT (7 days).
+"""The three secrets of a host: registration token (once, one hour), refresh token (60 days, rotating), JWT (seven days
+unless it is set).
 
 The first two are random and kept as SHA-256; they have 256 bits, so a plain hash is enough. The JWT is signed with a
 key of its own: no user session is ever a host token, nor the other way round.
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 REGISTRATION_LIFETIME = timedelta(hours=1)
 REFRESH_LIFETIME = timedelta(days=60)
-HOST_TOKEN_LIFETIME = timedelta(days=7)
 
 REGISTRATION_PREFIX = "htok-"
 REFRESH_PREFIX = "hrt-"
@@ -91,16 +91,17 @@ class HostTokens:
 
     def __init__(self, settings: Settings) -> None:
         self._key = settings.derive_key(KEY_PURPOSE)
+        self._lifetime = timedelta(seconds=settings.host_token_lifetime)
 
     def issue(self, host_id: UUID, epoch: int, *, now: datetime | None = None) -> str:
-        """A JWT for `host_id`, good for seven days."""
+        """A JWT for `host_id`."""
         now = now or datetime.now(UTC)
         claims: dict[str, Any] = {
             "sub": str(host_id),
             "typ": TYPE,
             "epoch": epoch,
             "iat": now,
-            "exp": now + HOST_TOKEN_LIFETIME,
+            "exp": now + self._lifetime,
             "jti": str(uuid4()),
         }
         return jwt.encode(claims, self._key, ALGORITHM)

@@ -6,11 +6,11 @@ from uuid import uuid4
 
 import jwt
 import pytest
+from msgspec import structs
 
 from capsule.config import Settings
 from capsule.errors import Unauthorized
 from capsule.hosts.tokens import (
-    HOST_TOKEN_LIFETIME,
     REFRESH_PREFIX,
     REGISTRATION_PREFIX,
     HostClaims,
@@ -43,12 +43,16 @@ def test_a_token_says_which_host_and_which_registration(tokens):
     assert tokens.check(tokens.issue(host, 3)) == HostClaims(host, 3)
 
 
-def test_a_token_lives_seven_days(tokens):
+@pytest.mark.parametrize(
+    ("given", "lifetime"), [({}, timedelta(days=7)), ({"host_token_lifetime": 60}, timedelta(seconds=60))]
+)
+def test_a_token_lives_seven_days_or_as_long_as_it_is_set(given, lifetime):
+    tokens = HostTokens(structs.replace(SETTINGS, **given))
     now = datetime.now(UTC)
-    old = tokens.issue(uuid4(), 1, now=now - HOST_TOKEN_LIFETIME - timedelta(seconds=1))
+    old = tokens.issue(uuid4(), 1, now=now - lifetime - timedelta(seconds=1))
     with pytest.raises(Unauthorized, match="expired"):
         tokens.check(old)
-    tokens.check(tokens.issue(uuid4(), 1, now=now - HOST_TOKEN_LIFETIME + timedelta(minutes=1)))
+    tokens.check(tokens.issue(uuid4(), 1, now=now - lifetime + timedelta(seconds=30)))
 
 
 @pytest.mark.parametrize(
