@@ -17,7 +17,7 @@ import msgspec
 from agent.wire.calls import VMM_MEMORY_MB
 from agent.wire.lifecycle import Status
 from capsule import errors
-from capsule.db.queries import idempotency, sandboxes, teams, templates
+from capsule.db.queries import hosts, idempotency, sandboxes, teams, templates
 from capsule.sandboxes.rows import found, record
 from capsule.scheduler.placement import Size, Wish
 
@@ -75,6 +75,13 @@ class NewSandbox:
     settings: Settings
 
 
+class HostClosed(errors.NoHostsAvailable):
+    """The host was closed, or has gone, since it was chosen."""
+
+    def __init__(self) -> None:
+        super().__init__("the host was closed just now; try again", retry_after=1)
+
+
 async def shape_of(tx: Connection, principal: Principal, request: CreateSandbox, disk_mb: int) -> Shape:
     """What is to be made, from which template; `disk_mb` is a base image's. NotFound; InvalidRequest naming a field
     that the template has fixed otherwise, or `metadata`; Conflict when no host has it any more."""
@@ -90,8 +97,8 @@ async def shape_of(tx: Connection, principal: Principal, request: CreateSandbox,
             raise errors.InvalidRequest(
                 f"{field}: the template {template.name} fixes it to {baked}; leave it out", field=field
             )
-    hosts = None
-    if template.type == "snapshot" and not (hosts := frozenset(await templates.hosts_of(tx, template.id))):
+    among = None
+    if template.type == "snapshot" and not (among := frozenset(await templates.hosts_of(tx, template.id))):
         if await templates.get_by_name(tx, principal.team_id, request.template) is None:
             raise no_template(request.template)  # deleted between the two looks
         raise errors.Conflict(f"no host has a copy of {template.name} any more; delete it and make a new one")
@@ -99,8 +106,8 @@ async def shape_of(tx: Connection, principal: Principal, request: CreateSandbox,
         vcpus=template.vcpus or request.vcpus or DEFAULT_VCPUS,
         memory_mb=template.memory_mb or request.memory_mb or DEFAULT_MEMORY_MB,
         disk_mb=template.disk_mb or disk_mb,
-        snapshot=template.id if hosts is not None else None,
-        hosts=hosts,
+        snapshot=template.id if among is not None else None,
+        hosts=among,
         byoc=principal.team_id if await teams.is_byoc(tx, principal.team_id) else None,
         tags=tags,
     )
@@ -122,7 +129,7 @@ def no_template(name: str) -> errors.NotFound:
 
 
 async def insert(tx: Connection, new: NewSandbox) -> tuple[SandboxRow, bool]:
-    """The one transaction: quota, idempotency, row, audit. The row, and whether it is this request's."""
+    """The one transaction: quota, idempotency, row, audit. The row, and whether it is this request's. HostClosed."""
     sandbox, principal, request, shape = uuid4(), new.principal, new.request, new.shape
     if new.idempotency_key is not None:
         taken = await idempotency.claim(tx, principal.team_id, new.idempotency_key, fingerprint(request), sandbox)
@@ -131,6 +138,8 @@ async def insert(tx: Connection, new: NewSandbox) -> tuple[SandboxRow, bool]:
     await check_allowed(tx, principal, shape)
     if shape.snapshot is not None and not await templates.hold(tx, shape.snapshot):
         raise no_template(request.template)
+    if not await hosts.hold_open(tx, new.host):
+        raise HostClosed
     deadline = datetime.now(UTC) + timedelta(seconds=new.settings.create_timeout)
     row = await sandboxes.insert(
         tx,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid5
 
 from agent.wire.lifecycle import Status
-from capsule.db.queries import idempotency, sandboxes, templates
-from capsule.sandboxes.admission import Shape, check_allowed, fingerprint, same_request
+from capsule.db.queries import hosts, idempotency, sandboxes, templates
+from capsule.sandboxes.admission import HostClosed, Shape, check_allowed, fingerprint, same_request
 from capsule.sandboxes.rows import found, record, wrong_status
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ async def admit(tx: Connection, principal: Principal, request: ForkRequest) -> S
 
 
 async def insert(tx: Connection, new: Children) -> list[SandboxRow] | None:
-    """The one transaction: idempotency, quota, rows, audit. None when the key was used meanwhile."""
+    """The one transaction: idempotency, quota, rows, audit. None when the key was used meanwhile. HostClosed."""
     principal, source, request = new.principal, new.source, new.request
     if (done := await sandboxes.get_any(tx, child(new.id, 0))) is not None and done.generation > 1:
         return await children(tx, new.id, request.count)  # committed, and the answer was lost
@@ -86,6 +86,8 @@ async def insert(tx: Connection, new: Children) -> list[SandboxRow] | None:
     template = source.template_id
     if template is not None and not await templates.hold(tx, template):
         template = None  # deleted since, with the source
+    if source.host_id is None or not await hosts.hold_open(tx, source.host_id):
+        raise HostClosed
     return [await _insert_child(tx, new, number, template) for number in range(request.count)]
 
 

@@ -6,7 +6,7 @@ id however often it is asked, and a row that nobody finishes is finished by the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,14 @@ from capsule import errors
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
 from capsule.db.queries import idempotency, sandboxes
 from capsule.db.translated import NO_ANSWER
-from capsule.sandboxes.admission import NewSandbox, examine, insert, same_request, shape_of
+from capsule.sandboxes.admission import HostClosed, NewSandbox, examine, insert, same_request, shape_of
 from capsule.sandboxes.elsewhere import Elsewhere
 from capsule.sandboxes.failures import as_error
 from capsule.sandboxes.rows import found, view
 from capsule.sandboxes.start import Origin, outcome
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from uuid import UUID
 
     from capsule.config import Settings
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from capsule.sandboxes.operations import Operations
     from capsule.sandboxes.rows import SandboxRows
     from capsule.sandboxes.start import Starter
+    from capsule.scheduler.placement import Wish
     from capsule.scheduler.scheduler import Scheduler
 
 REPLAY_PAUSE = 0.25
@@ -79,8 +81,7 @@ class Creator:
         """The row, on a host with room for it, and whether it is this request's to start."""
         shape = await self.rows.run(shape_of, principal, request, self.settings.disk_mb)
         try:
-            async with self.scheduler.reserve(shape.wish()) as host:
-                return await self._begin(NewSandbox(principal, request, key, shape, host, self.settings))
+            return await self._reserve(partial(NewSandbox, principal, request, key, shape), shape.wish())
         except errors.NoHostsAvailable as err:
             full = err
         except DatabaseUnavailable as err:
@@ -93,14 +94,21 @@ class Creator:
             raise full
         return row, False
 
+    async def _reserve(self, new: Callable[[UUID, Settings], NewSandbox], wish: Wish) -> tuple[SandboxRow, bool]:
+        """The row, on the first host with room that is still open when it is written down."""
+        while True:
+            async with self.scheduler.reserve(wish) as host:
+                try:
+                    return await self._begin(new(host, self.settings))
+                except HostClosed:
+                    wish = replace(wish, refused=wish.refused | {host})
+
     async def _begin(self, new: NewSandbox) -> tuple[SandboxRow, bool]:
         try:
             return await self.rows.transaction(insert, new)
         except ConstraintViolated as err:
             if err.name == "sandboxes_team_alive":
                 raise errors.NoTeam("your team was deleted") from err
-            if err.name == "sandboxes_live_host":
-                raise errors.NoHostsAvailable("the host was removed; try again", retry_after=1) from err
             raise
 
     async def _earlier(self, principal: Principal, request: CreateSandbox, key: str) -> UUID | None:

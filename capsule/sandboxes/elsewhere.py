@@ -17,7 +17,7 @@ from agent.wire import calls
 from agent.wire.faults import Fault
 from capsule import errors
 from capsule.db.errors import ConstraintViolated, DatabaseUnavailable
-from capsule.db.queries import sandboxes, teams, templates
+from capsule.db.queries import hosts, sandboxes, teams, templates
 from capsule.sandboxes.admission import Shape, host_tags
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Elsewhere:
         try:
             wish = replace(await self.rows.run(_wish, row), refused=frozenset(self.refused))
             async with self.scheduler.reserve(wish) as host:
-                moved = await self.rows.patiently(sandboxes.move, row.id, row.generation, host)
+                moved = await self.rows.patiently(_move, row, host)
         except (errors.CapsuleError, ConstraintViolated, DatabaseUnavailable, Fault) as err:
             log.info("sandbox_stays", reason=str(err))
             return None
@@ -74,14 +74,20 @@ class Elsewhere:
             log.warning("host_not_told", host_id=str(host), code=fault.code, message=fault.message)
 
 
+async def _move(tx: Connection, row: SandboxRow, host: UUID) -> SandboxRow | None:
+    """To a host that is still open; None, too, when somebody has closed it since it was chosen."""
+    move = sandboxes.move if await hosts.hold_open(tx, host) else sandboxes.moved
+    return await move(tx, row.id, row.generation, host)
+
+
 async def _wish(tx: Connection, row: SandboxRow) -> Wish:
     """What it was first placed by, as far as that is still so."""
-    hosts = None if row.template_id is None else frozenset(await templates.hosts_of(tx, row.template_id))
+    among = None if row.template_id is None else frozenset(await templates.hosts_of(tx, row.template_id))
     shape = Shape(
         vcpus=row.vcpus,
         memory_mb=row.memory_mb,
         disk_mb=row.disk_mb,
-        hosts=hosts,
+        hosts=among,
         byoc=row.team_id if await teams.is_byoc(tx, row.team_id) else None,
         tags=host_tags(row.metadata),
     )

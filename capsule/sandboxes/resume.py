@@ -18,7 +18,7 @@ from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import TRANSITIONAL, Status
 from capsule import errors
 from capsule.db.errors import DatabaseUnavailable
-from capsule.db.queries import audit, sandboxes
+from capsule.db.queries import audit, hosts, sandboxes
 from capsule.db.translated import NO_ANSWER
 from capsule.hosts.answers import parse_answer, storable_address
 from capsule.sandboxes.asking import UNCERTAIN, look, persist
@@ -175,7 +175,9 @@ def _unknown(error: errors.CapsuleError) -> errors.HostUnavailable:
 
 
 async def begin(tx: Connection, row: SandboxRow, seconds: float) -> SandboxRow | None:
-    """Make a paused row `resuming`; None when it was changed."""
+    """Make a paused row `resuming`; None when it was changed. NoHostsAvailable when its host is not online any more."""
+    if row.host_id is None or not await hosts.hold_open(tx, row.host_id, resident=True):
+        raise errors.NoHostsAvailable("the sandbox's host is not online", limits=["hosts"])
     return await sandboxes.change_status(
         tx,
         row.id,

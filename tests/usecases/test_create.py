@@ -223,7 +223,7 @@ async def test_the_host_is_deleted_meanwhile(virtual_clock, world, agent, plane,
         return fleet
 
     monkeypatch.setattr(plane.scheduler, "_read", read_and_delete)
-    with pytest.raises(errors.NoHostsAvailable, match="removed") as caught:
+    with pytest.raises(errors.NoHostsAvailable, match="no host is online") as caught:
         await plane.sandboxes.create(world.principal, request_body, None)
     assert caught.value.retry_after is not None
     assert await world.rows() == {}

@@ -1,8 +1,7 @@
 """Hosts as operators see and change them: pages, tags, closing, draining, removal.
 
 Whoever changes a host locks first its team's row, then the host's (`lock`), then sandboxes in the order of `on_host`.
-A create that moves to another host (`sandboxes.move`) holds its own row and then waits for the host: that row is
-`starting`, a deletion that waits for it in turn is broken by PostgreSQL, and the driver runs the loser again.
+So does who brings a sandbox there (`hosts.hold_open`): what a closed host was given comes before its closing.
 """
 
 # ruff: noqa: S608 - only column lists of this module are put into statements

@@ -92,6 +92,20 @@ async def hold(tx: Connection, host_id: UUID) -> HostRow | None:
     return one(HostRow, record)
 
 
+async def hold_open(tx: Connection, host_id: UUID, *, resident: bool = False) -> bool:
+    """Whether the host is online and takes new sandboxes; `resident`: one that rests there may wake. Whoever closes or
+    deletes it (`fleet.lock`) waits until the transaction ends; its heartbeats do not."""
+    found = await tx.fetchval(
+        """
+        select true from hosts
+        where id = $1 and deleted_at is null and status = 'online' and ($2 or not cordoned) for key share
+        """,
+        host_id,
+        resident,
+    )
+    return found is not None
+
+
 async def list_all(
     tx: Connection, *, team_id: UUID | None = None, statuses: Collection[str] | None = None
 ) -> list[HostRow]:

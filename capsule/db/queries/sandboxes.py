@@ -197,8 +197,11 @@ async def move(tx: Connection, sandbox_id: UUID, generation: int, host_id: UUID)
         generation,
         host_id,
     )
-    if record is not None:
-        return only(SandboxRow, record)
+    return only(SandboxRow, record) if record is not None else await moved(tx, sandbox_id, generation, host_id)
+
+
+async def moved(tx: Connection, sandbox_id: UUID, generation: int, host_id: UUID) -> SandboxRow | None:
+    """The row, if this very move was done before."""
     now = await get_any(tx, sandbox_id)
     done = now is not None and (now.status, now.generation, now.host_id) == ("starting", generation + 1, host_id)
     return now if done else None
