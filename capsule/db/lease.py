@@ -35,6 +35,13 @@ KEEP_INTERVAL = 3.0
 RELEASE_TIMEOUT = 2.0
 """Seconds for a polite end of the session; after that it is cut, which ends the lock just as well."""
 
+_BROKEN = (
+    OSError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # it was released while it was asked: the driver is out of step
+)
+
 
 class LeaseHolder:
     """The loop thread's half of a lease: the connection.
@@ -78,7 +85,7 @@ class LeaseHolder:
         try:
             async with asyncio.timeout(seconds):
                 await connection.execute("select 1")
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except _BROKEN:
             connection.terminate()  # tells the listener
             return False
         return True
@@ -89,7 +96,7 @@ class LeaseHolder:
             return
         try:
             await connection.close(timeout=RELEASE_TIMEOUT)
-        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except _BROKEN:
             connection.terminate()
 
     def drop(self) -> None:

@@ -114,6 +114,28 @@ async def test_a_slow_answer_is_no_loss(stuck):
     await lease.release()
 
 
+async def test_released_while_it_is_asked(stuck, unlocked):
+    """The question is on its way: it ends with the session, and nobody hears of a driver that is out of step."""
+    lease, go_on = stuck
+    holder, asked, real = lease._holder, [], lease._holder.ask
+
+    async def ask(seconds):
+        asked.append(seconds)
+        return await real(seconds)
+
+    holder.ask = ask
+    with trio.fail_after(20):
+        while not asked:  # and no answer, since the server's process is stopped
+            await trio.sleep(0.01)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lease.release)
+            while holder._connection is not None:
+                await trio.sleep(0.01)
+            go_on()
+        await lease.lost.wait()
+    await unlocked()
+
+
 async def test_cancelling_while_asking_never_keeps_the_lock(db: Database, unlocked):
     """Cancelled after 0, 1, 2, … ms: a lease nobody holds does not lock others out for ever."""
     for n in range(20):
