@@ -21,7 +21,7 @@ from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
 from capsule import errors
 from capsule.db.errors import ConstraintViolated
-from capsule.db.queries import idempotency, sandboxes, teams, templates
+from capsule.db.queries import hosts, idempotency, sandboxes, teams, templates
 from capsule.hosts.answers import parse_answer
 from capsule.sandboxes.admission import fingerprint, no_template, same_request
 from capsule.sandboxes.asking import persist
@@ -87,7 +87,7 @@ class Snapshots:
             size_bytes = await self._freeze(principal, plan)
             try:
                 return await self.rows.patiently(_write_down, principal, plan, size_bytes)
-            except (errors.NoTeam, errors.QuotaExceeded) as err:
+            except (errors.NoTeam, errors.QuotaExceeded, errors.HostUnavailable) as err:
                 failure: errors.CapsuleError = err
             except ConstraintViolated as err:
                 if err.name != "templates_name_key":
@@ -130,9 +130,9 @@ class Snapshots:
         await self.operations.finish(partial(self._delete, principal, name))
 
     async def _delete(self, principal: Principal, name: str) -> None:
-        template, hosts = await self.rows.transaction(_mark_deleted, principal, name)
+        template, having = await self.rows.transaction(_mark_deleted, principal, name)
         async with trio.open_nursery() as nursery:
-            for host in hosts:
+            for host in having:
                 nursery.start_soon(self._take_back, host, template)
 
     async def _take_back(self, host: UUID, template: UUID) -> None:
@@ -204,6 +204,8 @@ async def _write_down(tx: Connection, principal: Principal, plan: Plan, size_byt
     if (made := await templates.get_any(tx, plan.id)) is not None:
         return made
     await _check_room(tx, principal, have)
+    if await hosts.hold(tx, _host(plan.source)) is None:
+        raise errors.HostUnavailable("the sandbox's host was deleted, and the snapshot with it")
     row = await templates.insert_snapshot(
         tx,
         id=plan.id,

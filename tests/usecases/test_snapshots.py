@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from uuid import UUID, uuid4
 
 import pytest
@@ -10,11 +11,12 @@ import trio
 
 from agent.wire.faults import Fault, FaultCode
 from agent.wire.lifecycle import Status
-from capsule import errors
+from capsule import control, errors
 from capsule.db.queries import templates
 from capsule.model import CreateSandbox, CreateSnapshot
 from capsule.monitor.copies import SNAPSHOT_GRACE
-from capsule.sandboxes.snapshots import ID_GOOD_FOR
+from capsule.principals import Session, User
+from capsule.sandboxes.snapshots import ID_GOOD_FOR, Snapshots
 
 
 @pytest.fixture
@@ -467,3 +469,23 @@ async def test_labels_of_a_create_are_not_the_templates(virtual_clock, world, ag
     view = await plane.sandboxes.create(world.principal, replace(request), None)
     (body,) = [body for method, body in agent.asked if body.get("sandbox_id") == str(view.id)]
     assert (body["envs"], body["timeout_sec"], body.get("keep_envs")) == ({"K": "V"}, 9, None)
+
+
+async def test_its_host_is_deleted_before_it_is_written_down(
+    virtual_clock, world, agent, plane, sandbox, freeze, monkeypatch
+):
+    """With the host its copy is gone: there is no template, and the key is good for another one."""
+    made = Snapshots._freeze
+
+    async def made_and_deleted(self, principal, plan):
+        size = await made(self, principal, plan)
+        session = Session(id=uuid4(), issued_at=world.now(), expires_at=world.now() + timedelta(hours=1))
+        user = User(id=uuid4(), email="op@example.com", name="Op", session=session, permissions=frozenset({"hosts"}))
+        await control._fleet(plane.sandboxes, None).delete(user, agent.host, force=True)
+        return size
+
+    monkeypatch.setattr(Snapshots, "_freeze", made_and_deleted)
+    with pytest.raises(errors.HostUnavailable):
+        await freeze(key="key")
+    assert not await world.sql("select from templates where type = 'snapshot'")
+    assert not await world.sql("select from idempotency_keys")
