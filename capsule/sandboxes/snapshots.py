@@ -93,8 +93,9 @@ class Snapshots:
                 if err.name != "templates_name_key":
                     raise
                 failure = taken(plan.name)
-            await self._remove(_host(plan.source), plan.id)
-            await self._release(principal, plan)
+            # The key first: from then on nobody writes it down, and what nobody wrote down may go.
+            if await self._release(principal, plan):
+                await self._remove(_host(plan.source), plan.id)
             raise failure
 
     async def _freeze(self, principal: Principal, plan: Plan) -> int:
@@ -116,14 +117,16 @@ class Snapshots:
                 raise as_error(fault) from fault
         # An earlier request made it and took it back: under this id there will never be one.
         await self._release(principal, plan)
-        raise errors.Conflict("the snapshot was removed before it became a template; repeat with a new Idempotency-Key")
+        raise _taken_back()
 
-    async def _release(self, principal: Principal, plan: Plan) -> None:
-        """The key of a snapshot that is gone is good for another one; else a repeat finds out, and comes here."""
+    async def _release(self, principal: Principal, plan: Plan) -> bool:
+        """The key of a snapshot that is not to be is good for another one; else a repeat goes on with it. Whether it
+        is none: another control plane may have made a template of it for a repeat."""
         try:
-            await self.rows.transaction(_release, principal, plan)
+            return await self.rows.transaction(_release, principal, plan)
         except errors.DatabaseUnavailable:
             log.warning("idempotency_key_not_released", snapshot_id=str(plan.id))
+            return False
 
     async def delete(self, principal: Principal, name: str) -> None:
         """Delete the team's template and tell every host that has a copy; the monitor tells those that are away."""
@@ -156,6 +159,10 @@ class Snapshots:
 def _host(row: SandboxRow) -> UUID:
     assert row.host_id is not None  # noqa: S101 - it runs or rests there
     return row.host_id
+
+
+def _taken_back() -> errors.Conflict:
+    return errors.Conflict("the snapshot was removed before it became a template; repeat with a new Idempotency-Key")
 
 
 def taken(name: str) -> errors.Conflict:
@@ -203,6 +210,8 @@ async def _write_down(tx: Connection, principal: Principal, plan: Plan, size_byt
     have = await templates.count(tx, principal.team_id)  # with its lock: who else writes this one down has done so
     if (made := await templates.get_any(tx, plan.id)) is not None:
         return made
+    if not await _keeps_key(tx, principal, plan):
+        raise _taken_back()
     await _check_room(tx, principal, have)
     if await hosts.hold(tx, _host(plan.source)) is None:
         raise errors.HostUnavailable("the sandbox's host was deleted, and the snapshot with it")
@@ -222,9 +231,21 @@ async def _write_down(tx: Connection, principal: Principal, plan: Plan, size_byt
     return row
 
 
-async def _release(tx: Connection, principal: Principal, plan: Plan) -> None:
-    if plan.idempotency_key is not None and await templates.get_any(tx, plan.id) is None:
+async def _keeps_key(tx: Connection, principal: Principal, plan: Plan) -> bool:
+    """Whether its Idempotency-Key still stands for this snapshot: else the same request has failed elsewhere."""
+    if plan.idempotency_key is None:
+        return True
+    claim = await idempotency.get(tx, principal.team_id, plan.idempotency_key)
+    return claim is not None and claim.resource_id == plan.id
+
+
+async def _release(tx: Connection, principal: Principal, plan: Plan) -> bool:
+    await templates.count(tx, principal.team_id)  # for its lock: who writes this one down has done so, or will not
+    if await templates.get_any(tx, plan.id) is not None:
+        return False
+    if plan.idempotency_key is not None:
         await idempotency.release(tx, principal.team_id, plan.idempotency_key, plan.id)
+    return True
 
 
 async def _mark_deleted(tx: Connection, principal: Principal, name: str) -> tuple[UUID, list[UUID]]:

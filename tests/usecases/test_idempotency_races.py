@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import trio
 
+from capsule import errors
 from capsule.model import CreateSnapshot
+from capsule.sandboxes.snapshots import Snapshots
 
 LOOKED = "from idempotency_keys"
 
@@ -69,3 +71,62 @@ async def test_a_snapshot_of_one_that_is_being_paused_for_it(virtual_clock, worl
         gate.set()
     assert len({view.id for view in made}) == len(agent.snapshots) == 1
     assert (await world.row(source.id)).status == "paused"
+
+
+async def test_a_snapshot_that_the_first_takes_back(
+    virtual_clock, world, agent, plane, other, request_body, monkeypatch
+):
+    """It came beyond the quota, which has room when the second asks: what that one gets, nobody takes away."""
+    source = await plane.sandboxes.create(world.principal, request_body, None)
+    request = CreateSnapshot(sandbox=source.id, name="mine")
+    freeze, remove, made = Snapshots._freeze, Snapshots._remove, []
+
+    async def limit(most):
+        await world.sql("update teams set max_templates = $2 where id = $1", world.principal.team_id, most)
+
+    async def frozen(self, principal, plan):
+        size = await freeze(self, principal, plan)
+        if not made:
+            await limit(0)
+        return size
+
+    async def removed(self, host, snapshot):
+        if not made:
+            made.append(None)
+            await limit(1)
+            made[0] = await other.templates.create(world.principal, request, "key")
+        return await remove(self, host, snapshot)
+
+    monkeypatch.setattr(Snapshots, "_freeze", frozen)
+    monkeypatch.setattr(Snapshots, "_remove", removed)
+    with pytest.raises(errors.QuotaExceeded):
+        await plane.templates.create(world.principal, request, "key")
+    assert list(agent.snapshots) == [str(made[0].id)]
+
+
+async def test_a_snapshot_whose_key_the_first_gave_back(
+    virtual_clock, world, agent, plane, other, request_body, monkeypatch
+):
+    """The second has seen it on the host by then, and does not write down what is being removed."""
+    source = await plane.sandboxes.create(world.principal, request_body, None)
+    request = CreateSnapshot(sandbox=source.id, name="mine")
+    freeze, seen = Snapshots._freeze, []
+
+    async def frozen(self, principal, plan):
+        size = await freeze(self, principal, plan)
+        seen.append(plan.id)
+        if len(seen) == 1:  # the second's: the first one comes and goes meanwhile
+            await world.sql("update teams set max_templates = 1")
+            with pytest.raises(errors.QuotaExceeded):
+                await plane.templates.create(world.principal, request, "key")
+            await world.sql("update teams set max_templates = 1")
+        else:
+            await world.sql("update teams set max_templates = 0")
+        return size
+
+    monkeypatch.setattr(Snapshots, "_freeze", frozen)
+    with pytest.raises(errors.Conflict):
+        await other.templates.create(world.principal, request, "key")
+    assert seen[0] == seen[1]
+    assert agent.snapshots == {}
+    assert not await world.sql("select from templates where type = 'snapshot'")
