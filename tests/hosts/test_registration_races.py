@@ -54,6 +54,7 @@ async def test_a_registration_while_the_old_credentials_are_refreshed(db, enrolm
         partial(queued, db, partial(enrolment.register, asking(token))), before="insert into host_refresh_tokens"
     )
     refreshed = await enrolment.refresh(old.refresh_token, None)
+    await queued.done()
     assert overtaking.done
     with pytest.raises(Unauthorized):
         await enrolment.refresh(refreshed.refresh_token, None)
@@ -69,6 +70,7 @@ async def test_a_theft_that_shows_while_the_family_goes_on(db, enrolment, old, o
 
     overtaking = overtake(partial(queued, db, steal), before="insert into host_refresh_tokens")
     third = await enrolment.refresh(second.refresh_token, None)
+    await queued.done()
     assert overtaking.done
     with pytest.raises(Unauthorized):
         await enrolment.refresh(third.refresh_token, None)
@@ -83,6 +85,7 @@ async def test_of_two_tokens_made_at_once_one_is_good(db, enrolment, old, overta
 
     overtaking = overtake(partial(queued, db, make), before="insert into host_registration_tokens")
     await make()
+    await queued.done()
     assert overtaking.done
     good = []
     for token in tokens:
