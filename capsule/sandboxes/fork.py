@@ -70,15 +70,18 @@ class Forker:
         return await self.operations.finish(partial(self._fork, principal, request, idempotency_key), key=key)
 
     async def _fork(self, principal: Principal, request: ForkRequest, key: str | None) -> list[Forked]:
-        if (earlier := await self._earlier(principal, request, key)) is None:
+        earlier = await self._earlier(principal, request, key)
+        if earlier is None:
             try:
                 return await self._fork_anew(principal, request, key)
             except errors.DatabaseUnavailable:
                 raise  # what is there by now may be our own, with nobody at work on it
-            except errors.CapsuleError:
-                # What stood in the way may be the children of this very request, by way of another control plane.
-                if (earlier := await self._earlier(principal, request, key)) is None:
-                    raise
+            except errors.CapsuleError as err:
+                failure = err
+            # What stood in the way may be the children of this very request, by way of another control plane.
+            earlier = await self._earlier(principal, request, key)
+            if earlier is None:
+                raise failure
         return await self._await_outcomes(earlier, request.count)
 
     async def _earlier(self, principal: Principal, request: ForkRequest, key: str | None) -> UUID | None:
