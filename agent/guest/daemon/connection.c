@@ -1,6 +1,7 @@
 #include "connection.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -146,10 +147,12 @@ static void receive_bytes(struct Connection *connection) {
     }
 }
 
-static void send_bytes(struct Connection *connection) {
+/* `flags`: MSG_MORE when something follows at once. */
+static void send_bytes(struct Connection *connection, int flags) {
     struct Bytes *out = &connection->out;
+    flags |= MSG_DONTWAIT | MSG_NOSIGNAL;
     while (out->length > 0 && !out->failed) {
-        ssize_t count = send(connection->socket.fd, bytes_front(out), out->length, MSG_DONTWAIT | MSG_NOSIGNAL);
+        ssize_t count = send(connection->socket.fd, bytes_front(out), out->length, flags);
         if (count < 0) {
             connection->broken |= errno != EAGAIN && errno != EINTR;
             break;
@@ -158,6 +161,21 @@ static void send_bytes(struct Connection *connection) {
         connection->queued_before += (uint64_t)count;
     }
     connection->broken |= out->failed;
+}
+
+/* (An error of the socket's is the next send's, too.) */
+size_t connection_pass(struct Connection *connection, int pipe, size_t count) {
+    size_t passed = 0;
+    send_bytes(connection, MSG_MORE);
+    while (passed < count && connection->out.length == 0 && !connection->broken) {
+        ssize_t moved = splice(pipe, NULL, connection->socket.fd, NULL, count - passed, SPLICE_F_NONBLOCK);
+        if (moved <= 0) {
+            break;
+        }
+        passed += (size_t)moved;
+    }
+    connection->queued_before += passed;
+    return passed;
 }
 
 static void connection_ready(void *owner, uint32_t events) {
@@ -186,7 +204,7 @@ static bool settle_connection(struct Connection *connection) {
     bool held_up = connection->out.length >= BULK_WATER;
     uint64_t sent = connection->queued_before;
     size_t waiting = connection->in.length;
-    send_bytes(connection);
+    send_bytes(connection, 0);
     if (!connection->broken) {
         process_input(connection);
     }

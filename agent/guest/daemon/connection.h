@@ -53,6 +53,9 @@ static inline uint64_t connection_queued(const struct Connection *connection) {
 void connection_reply(struct Connection *connection, uint32_t stream, const struct Bytes *body);
 void connection_fault(struct Connection *connection, uint32_t stream, const char *code, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
+/* Send what is queued, and when all of it is gone, `count` bytes that are in the pipe, behind it; how many of those. The
+ * socket may take fewer: the rest is still in the pipe. */
+size_t connection_pass(struct Connection *connection, int pipe, size_t count);
 /* The last frame of a stream whose process somebody else attached to. */
 void connection_taken_over(struct Connection *connection, uint32_t stream);
 

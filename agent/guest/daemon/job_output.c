@@ -63,19 +63,61 @@ static size_t allowance(const struct Job *job) {
     return job->send_credit < allowed ? (size_t)job->send_credit : allowed;
 }
 
+/* How much a pipe holds. */
+static size_t held(int fd) {
+    int waiting = 0;
+    return ioctl(fd, FIONREAD, &waiting) == 0 && waiting > 0 ? (size_t)waiting : 0;
+}
+
+/* A frame of `count` bytes that are in the pipe: past the daemon's memory as far as the socket takes them, then through
+ * the connection's output. */
+static void pass(struct Job *job, int pipe, enum Channel channel, size_t count) {
+    struct Connection *connection = job->owner;
+    uint8_t header[DATA_HEADER_BYTES];
+    frame_data_header(header, job->stream, channel, (uint32_t)count);
+    bytes_append(&connection->out, header, sizeof header);
+    size_t left = count - connection_pass(connection, pipe, count);
+    while (left > 0 && bytes_reserve(&connection->out, left)) {
+        ssize_t got = read(pipe, bytes_tail(&connection->out), left);
+        if (got <= 0) { /* (a file's page that cannot be read after all: the frame cannot be completed) */
+            connection->broken = true;
+            return;
+        }
+        connection->out.length += (size_t)got;
+        left -= (size_t)got;
+    }
+}
+
 /* One DATA frame, read from the pipe straight into the connection's output; the number of bytes. */
+static ssize_t copy(struct Job *job, int pipe, enum Channel channel, size_t most) {
+    struct Bytes *out = &job->owner->out;
+    if (!bytes_reserve(out, DATA_HEADER_BYTES + most)) {
+        errno = EAGAIN;
+        return -1;
+    }
+    uint8_t *header = bytes_tail(out);
+    ssize_t count = read(pipe, header + DATA_HEADER_BYTES, most);
+    if (count > 0) {
+        frame_data_header(header, job->stream, channel, (uint32_t)count);
+        out->length += DATA_HEADER_BYTES + (size_t)count;
+    }
+    return count;
+}
+
+/* One DATA frame; the number of bytes. */
 static size_t forward(struct Job *job, struct Watch *watch, enum Channel channel, size_t *left) {
     size_t most = allowance(job);
     most = *left < most ? *left : most;
     if (most == 0 || watch->fd < 0) {
         return 0;
     }
-    struct Bytes *out = &job->owner->out;
-    if (!bytes_reserve(out, DATA_HEADER_BYTES + most)) {
-        return 0;
+    size_t whole = job->owner->out.length == 0 && most >= SPLICE_BYTES ? held(watch->fd) : 0;
+    ssize_t count = (ssize_t)(whole < most ? whole : most);
+    if (count >= SPLICE_BYTES) {
+        pass(job, watch->fd, channel, (size_t)count);
+    } else {
+        count = copy(job, watch->fd, channel, most);
     }
-    uint8_t *header = bytes_tail(out);
-    ssize_t count = read(watch->fd, header + DATA_HEADER_BYTES, most);
     if (would_block(count)) {
         return 0;
     }
@@ -83,8 +125,6 @@ static size_t forward(struct Job *job, struct Watch *watch, enum Channel channel
         loop_close(watch);
         return 0;
     }
-    frame_data_header(header, job->stream, channel, (uint32_t)count);
-    out->length += DATA_HEADER_BYTES + (size_t)count;
     job->send_credit -= (uint64_t)count;
     job->sent_end = connection_queued(job->owner);
     if (*left != SIZE_MAX && (*left -= (size_t)count) == 0) {
@@ -148,15 +188,11 @@ static void limit_terminal(struct Job *job) {
 }
 
 static void limit(const struct Job *job, struct Watch *watch, size_t *left) {
-    int waiting = 0;
     if (watch->fd < 0 || *left != SIZE_MAX) {
         return;
     }
-    if (ioctl(watch->fd, FIONREAD, &waiting) != 0 || waiting < 0) {
-        waiting = 0;
-    }
-    *left = (size_t)waiting;
-    if (waiting == 0 && job->ring == NULL) {
+    *left = held(watch->fd);
+    if (*left == 0 && job->ring == NULL) {
         loop_close(watch);
     }
 }
