@@ -1,5 +1,7 @@
 """Streams into real VMs: a terminal's echo beside ssh to a local sshd, alone and beside a flood; output, upload and
-download beside raw TCP into the same guest. Everything goes through the Python client, as a user's program would.
+download beside raw TCP into the same guest. Everything goes through the Python client, as a user's program would. The
+flood is read by a program of its own, as another window or another user would: what a program's own loop makes its own
+terminal wait for, while it reads a flood beside it, is not measured.
 
     streams.py [terminals] [throughput]
 """
@@ -22,13 +24,15 @@ from stage import platform, show, user
 
 from capsule.client import TrioClient
 
-ECHOES = 400
+ECHOES = 1000
 STREAMS = 200
 SIZE_MB = 128
 TRIES = 3
 SSH_PORT = 2222
 RAW = "stty raw -echo; exec cat"
 """A terminal whose every byte comes back through a process."""
+FLOOD = "--flood"
+"""Argument of the program that reads one."""
 
 
 def percentiles(name: str, seconds: list[float], base: tuple[float, float] | None = None, what: str = "", goal=None):
@@ -118,7 +122,7 @@ def echoing(sandbox, **size):
     return sandbox.terminal("/bin/sh", ["-c", f"stty raw -echo; printf '\\004ready'; {RAW}"], **size)
 
 
-async def terminals(sandbox, ssh: tuple[float, float] | None) -> None:
+async def terminals(told: dict, sandbox, ssh: tuple[float, float] | None) -> None:
     """One quiet terminal: alone, beside a flood that is read, beside one that is not, beside many."""
     async with echoing(sandbox) as terminal:
         await ready(terminal)
@@ -127,10 +131,8 @@ async def terminals(sandbox, ssh: tuple[float, float] | None) -> None:
             return await anext(terminal)
 
         quiet = percentiles("terminal echo: through everything", await echoes(terminal.send, receive), ssh, "ssh")
-        async with trio.open_nursery() as nursery:
-            await nursery.start(flood, sandbox)
+        async with flood(told, sandbox):
             beside = await echoes(terminal.send, receive)
-            nursery.cancel_scope.cancel()
         percentiles("  beside a flood that is read", beside, quiet, "quiet", goal=3)
         async with sandbox.stream("cat /dev/zero"):
             await trio.sleep(1)
@@ -145,12 +147,34 @@ async def terminals(sandbox, ssh: tuple[float, float] | None) -> None:
             nursery.cancel_scope.cancel()
 
 
-async def flood(sandbox, *, task_status) -> None:
-    """A process whose output is read as fast as it comes."""
-    async with sandbox.stream("cat /dev/zero") as process:
-        task_status.started()
-        async for _ in process:
-            pass
+@asynccontextmanager
+async def flood(told: dict, sandbox):
+    """A program that reads a process's output as fast as it comes; at the end, how fast that was."""
+    environment = {**os.environ, "CAPSULE_URL": told["url"], "CAPSULE_API_KEY": told["api_key"]}
+    command = [sys.executable, __file__, FLOOD, sandbox.id]
+    program = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, env=environment)
+    try:
+        await program.stdout.receive_some(1)
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        show("    the flood meanwhile", len(await program.stdout.receive_some(65536)) * 1.048576 / seconds, "MB/s")
+    finally:
+        program.kill()
+        await program.wait()
+
+
+async def read_flood(sandbox_id: str) -> None:
+    """The program: a byte to its own output for each MiB."""
+    async with TrioClient() as capsule:
+        sandbox = await capsule.sandboxes.get(sandbox_id)
+        async with sandbox.stream("cat /dev/zero") as process:
+            count = 0
+            async for chunk in process:
+                count += len(chunk.data)
+                if count >= 1 << 20:
+                    os.write(1, bytes(count >> 20))
+                    count &= (1 << 20) - 1
 
 
 async def attached(sandbox, *, task_status) -> None:
@@ -205,10 +229,13 @@ async def main(parts: set[str]) -> None:
         async with TrioClient(url=told["url"], api_key=told["api_key"]) as capsule:
             sandbox = await capsule.sandboxes.get(made["id"])
             if "terminals" in parts:
-                await terminals(sandbox, await ssh_echo())
+                await terminals(told, sandbox, await ssh_echo())
             if "throughput" in parts:
                 await throughput(sandbox, made["host_ip"])
 
 
 if __name__ == "__main__":
+    if FLOOD in sys.argv:
+        trio.run(read_flood, sys.argv[-1])
+        sys.exit()
     trio.run(main, set(sys.argv[1:]) or {"terminals", "throughput"})
