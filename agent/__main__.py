@@ -12,7 +12,7 @@ import click
 import msgspec
 import trio
 
-from agent import daemon
+from agent import daemon, enrolment
 from agent.actor.logs import configure_logs
 from agent.actor.settings import SettingsError
 from agent.config import Settings, load
@@ -40,7 +40,7 @@ EXPECTED = (
     NetworkError,
     VmmError,
     StateDirectoryInUse,
-    daemon.NotRegistered,
+    enrolment.NotRegistered,
     daemon.CannotListen,
 )
 """Failures that are the operator's to mend: said in one line, without a traceback."""

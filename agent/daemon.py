@@ -14,10 +14,7 @@ serve
 
 from __future__ import annotations
 
-import os
-import platform
 import resource
-import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -26,19 +23,20 @@ from typing import TYPE_CHECKING
 import structlog
 import trio
 
+from agent import enrolment
 from agent.actor.server import ServerPeer
 from agent.actor.settings import SettingsError
 from agent.actor.supervise import RestartPolicy, supervise
 from agent.actor.tls import TlsStream, serve_tls
 from agent.actor.watchdog import LoopWatchdog
 from agent.config import PREFIX
-from agent.enrol.address import choose_address, join_address, listen_at
-from agent.enrol.credentials import Credentials, CredentialsFile
+from agent.enrol.address import join_address, listen_at
+from agent.enrol.credentials import CredentialsFile
 from agent.enrol.heartbeat import Heartbeat
 from agent.enrol.host_id import HostIdFile
 from agent.enrol.identity import install_certificate, is_control_plane, server_ssl_context
-from agent.enrol.joining import Joining, check_unregistered, register
-from agent.enrol.registration import Capacity, ControlPlane
+from agent.enrol.registration import ControlPlane
+from agent.enrolment import CREDENTIALS_FILE, HOST_ID_FILE
 from agent.guest.client import GuestLink
 from agent.images.store import ImageStore
 from agent.net.backend import NamespaceSlotBackend
@@ -67,12 +65,12 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from agent.config import Settings
+    from agent.enrol.credentials import Credentials
+    from agent.enrol.joining import Joining
 
 log = structlog.get_logger()
 
 HOST_NETWORK_FILE = "host-network.json"
-CREDENTIALS_FILE = "credentials.json"
-HOST_ID_FILE = "host-id"
 PAGER_DIRECTORY = "pager"
 HARD_DEADLINE = 20
 """Seconds from the stop request to the end of the process, whatever hangs: the kernel's alarm sees to it."""
@@ -80,11 +78,6 @@ BACKGROUND = RestartPolicy(max_delay=60)
 """What nobody waits for is no reason to end."""
 PAGER_SECONDS = 20
 """For the pager to answer before we go on without it: sandboxes can be created and destroyed all the same."""
-UNREGISTERED = "this host is not registered: capsule-agent join, or set CAPSULE_AGENT_URL and CAPSULE_AGENT_TOKEN"
-
-
-class NotRegistered(Exception):  # noqa: N818 - reads as what is wrong
-    """There are no credentials and no token to get some."""
 
 
 class CannotListen(Exception):  # noqa: N818
@@ -108,12 +101,12 @@ async def serve(settings: Settings, joining: Joining | None = None) -> None:
     async with trio.open_nursery() as nursery:
         await nursery.start(_watch_signals, stop)
         nursery.start_soon(_stop_early, stop, serving, nursery.cancel_scope)
-        url = settings.url or await _stored_url(root)
+        url = settings.url or await enrolment.stored_url(root)
         async with await trio.to_thread.run_sync(ControlPlane, url) as control_plane:  # reads the CAs of this machine
             if joining is None:
-                credentials = await _credentials(settings, state, control_plane)
+                credentials = await enrolment.stored_or_registered(settings, state, control_plane)
             else:
-                credentials = await _join(settings, state, control_plane, joining)
+                credentials = await enrolment.join(settings, state, control_plane, joining)
             if joining is None or joining.serve:
                 lock_host_network()
                 await run_in_slot_thread(partial(ensure_host_network, root / HOST_NETWORK_FILE))
@@ -217,65 +210,6 @@ def make_golden(settings: Settings, parts: HostParts) -> GoldenSnapshots | None:
     except ValueError as err:
         raise SettingsError(f"{PREFIX}GOLDEN_SHAPES: {err}") from err
     return GoldenSnapshots(parts, shapes=shapes, limit=settings.golden_limit)
-
-
-async def _stored_url(root: Path) -> str:
-    stored = await CredentialsFile(root / CREDENTIALS_FILE).load()
-    if stored is None:
-        raise NotRegistered(UNREGISTERED)
-    return stored.url
-
-
-async def _credentials(settings: Settings, state: StateDirectory, control_plane: ControlPlane) -> Credentials:
-    """Those on disk; else register with the one-time token."""
-    file = CredentialsFile(state.root / CREDENTIALS_FILE)
-    stored = await file.load()
-    if stored is not None:
-        return stored
-    if not settings.token:
-        raise NotRegistered(UNREGISTERED)
-    address = settings.address or f"{settings.bind_host}:{settings.bind_port}"
-    capacity, only_as = await _capacity(settings, state), await _only_as(state, None)
-    return await register(control_plane, file, settings.token, address, capacity, only_as=only_as)
-
-
-async def _join(
-    settings: Settings, state: StateDirectory, control_plane: ControlPlane, joining: Joining
-) -> Credentials:
-    """Register, whatever was before; VMs are not touched."""
-    file = CredentialsFile(state.root / CREDENTIALS_FILE)
-    before = await check_unregistered(file, force=joining.force)
-    only_as = await _only_as(state, before)
-    choose = partial(choose_address, settings.url, settings.address, settings.bind_host, settings.bind_port)
-    address = await trio.to_thread.run_sync(choose, abandon_on_cancel=True)
-    credentials = await register(
-        control_plane,
-        file,
-        settings.token,
-        address,
-        await _capacity(settings, state),
-        only_as=only_as,
-        remember_address=True,
-    )
-    joining.tell(credentials)
-    return credentials
-
-
-async def _only_as(state: StateDirectory, before: Credentials | None) -> str:
-    """The one host that this machine can be; "" for any, when nothing lives or rests here. HostForgotten."""
-    if not await trio.to_thread.run_sync(state.load):
-        return ""
-    return await HostIdFile(state.root / HOST_ID_FILE).load() if before is None else before.host_id
-
-
-async def _capacity(settings: Settings, state: StateDirectory) -> Capacity:
-    disk = await trio.to_thread.run_sync(shutil.disk_usage, state.root)
-    return Capacity(
-        arch=platform.machine(),
-        cpu_cores=os.cpu_count() or 1,
-        memory_mb=settings.memory_for_guests(),
-        disk_gb=max(1, disk.total // 2**30),
-    )
 
 
 async def _listen(

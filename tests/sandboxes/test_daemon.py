@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from sandbox_world import create_body, sandbox_id
 
-from agent import daemon
+from agent import daemon, enrolment
 from agent.actor.peer import OpenerPeer
 from agent.actor.tls import connect_tls
 from agent.config import Settings
@@ -195,7 +195,7 @@ async def test_credentials_lost(fleet, joining):
     Without that knowledge the token is not even spent."""
     async with fleet.daemon(), fleet.connection() as control_plane:
         await control_plane.call("sandbox.create", create_body(ONE), timeout=20)
-    file, known = fleet.host.state.root / daemon.CREDENTIALS_FILE, fleet.host.state.root / daemon.HOST_ID_FILE
+    file, known = fleet.host.state.root / enrolment.CREDENTIALS_FILE, fleet.host.state.root / enrolment.HOST_ID_FILE
     assert known.read_text() == f"host-{HOST_ID}\n"
     file.rename(file.with_suffix(".lost"))
     if joining is not None and joining.force:
@@ -249,7 +249,7 @@ async def test_an_address_that_went_away(fleet, authority):
     url = f"http://{LOOPBACK}:8080"
     await daemon.serve(fleet.settings(url=url), Joining(serve=False))
     os.close(fleet.locks.pop())
-    file = fleet.host.state.root / daemon.CREDENTIALS_FILE
+    file = fleet.host.state.root / enrolment.CREDENTIALS_FILE
     stored = json.loads(file.read_bytes())
     file.write_text(json.dumps(stored | {"address": "192.0.2.7:7443"}))
     await refused(fleet, None, daemon.CannotListen)
@@ -388,7 +388,7 @@ async def test_not_registered(fleet):
     """Without credentials and token it says what to set."""
     with pytest.raises(ExceptionGroup) as caught:
         await daemon.serve(fleet.settings(token=""))
-    assert caught.group_contains(daemon.NotRegistered, match="CAPSULE_AGENT_TOKEN", depth=1)
+    assert caught.group_contains(enrolment.NotRegistered, match="CAPSULE_AGENT_TOKEN", depth=1)
     os.close(fleet.locks.pop())
 
 
