@@ -8,7 +8,6 @@ from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
-import trio
 
 from capsule.db.connection import Connection
 from capsule.db.errors import ConstraintViolated
@@ -31,16 +30,6 @@ from tests.db.rivals import together
 MakeSandbox = Callable[[], Awaitable[SandboxRow]]
 
 HASH = bytes(range(32))
-
-
-async def one(n: int) -> None:
-        results.append(await work(n))
-
-    with trio.fail_after(20):
-        async with trio.open_nursery() as nursery:
-            for n in range(count):
-                nursery.start_soon(one, n)
-    return results
 
 
 async def test_users_and_teams(db: Database, team: TeamRow):

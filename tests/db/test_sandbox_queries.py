@@ -7,8 +7,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from uuid import UUID, uuid4
 
-import trio
-
 from capsule.db.connection import Connection
 from capsule.db.pool import Database
 from capsule.db.queries import sandboxes
@@ -17,16 +15,6 @@ from capsule.db.queries.teams import TeamRow
 from tests.db.rivals import together
 
 MakeSandbox = Callable[[], Awaitable[SandboxRow]]
-
-
-async def one(n: int) -> None:
-        results.append(await work(n))
-
-    with trio.fail_after(20):
-        async with trio.open_nursery() as nursery:
-            for n in range(count):
-                nursery.start_soon(one, n)
-    return results
 
 
 async def _run(db: Database, row: SandboxRow, host: UUID, soon: datetime) -> SandboxRow:
