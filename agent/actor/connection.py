@@ -32,7 +32,10 @@ WRITE_BYTES = 128 * 1024
 WOKEN = 16
 """Waiting senders let in by each write: enough for the next ones, and a thousand do not all wake for two places."""
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 256 * 1024
+"""Taken off the stream at a time, if so much has come."""
+
+STEP_BYTES = 64 * 1024
 """Input handled in one step: even all of it in the smallest frames does not hold the loop for long."""
 
 BATCH_BYTES = 128 * 1024
@@ -149,16 +152,24 @@ class Connection(abc.ABC):
                 await trio.lowlevel.checkpoint_if_cancelled()  # whoever would handle the frames may be gone by now
                 if not data:
                     return self.close("the peer closed the connection")
-                for frame in self.link.receive_data(data, trio.current_time()):
-                    self._on_frame(frame)
-                if not self._ready.is_set() and self.link.peer_hello is not None:
-                    self._ready.set()
-                if self.link.bytes_to_send:
-                    self._flush()
+                view = memoryview(data)
+                while view:
+                    self._handle(view[:STEP_BYTES])
+                    view = view[STEP_BYTES:]
+                    if view:
+                        await trio.lowlevel.checkpoint()
         except RemoteProtocolError as err:
             self.close(f"protocol broken by the peer: {err}")
         except (trio.BrokenResourceError, trio.ClosedResourceError) as err:
             self.close(f"connection lost: {err}")
+
+    def _handle(self, data: memoryview) -> None:
+        for frame in self.link.receive_data(data, trio.current_time()):
+            self._on_frame(frame)
+        if not self._ready.is_set() and self.link.peer_hello is not None:
+            self._ready.set()
+        if self.link.bytes_to_send:
+            self._flush()
 
     async def _write(self) -> None:
         try:

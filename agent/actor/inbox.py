@@ -107,6 +107,23 @@ class Inbox:
         self._consumed += len(chunk[1])
         return chunk
 
+    def more(self, channel: int, most: int) -> list[bytes]:
+        """What has come on `channel` behind the chunk that was read last, at most `most` bytes of it; no waiting."""
+        found = []
+        while self._chunks and self._next_is(channel, most):
+            data = self._take()[1]
+            found.append(data)
+            most -= len(data)
+            self._consumed += len(data)
+        return found
+
+    def _next_is(self, channel: int, most: int) -> bool:
+        head = self._chunks[0]
+        if isinstance(head, bytearray):
+            first, length = _RECORD.unpack_from(head, self._offset)
+            return bool(first == channel and length <= most)
+        return head[0] == channel and len(head[1]) <= most
+
     def _take(self) -> tuple[int, bytes]:
         head = self._chunks[0]
         if not isinstance(head, bytearray):

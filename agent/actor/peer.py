@@ -171,6 +171,14 @@ class OpenedStream:
             self._peer._flush()  # noqa: SLF001
         return chunk
 
+    def more(self, channel: int, most: int) -> list[bytes]:
+        """What has come on `channel` behind the chunk read last, at most `most` bytes; what has not come is not waited
+        for. A reader that hands on many chunks as one has less to do."""
+        chunks = self.inbox.more(channel, most)
+        if chunks and self.inbox.grant_due():
+            self._peer._flush()  # noqa: SLF001
+        return chunks
+
     async def reply(self) -> dict[str, Any]:
         """Wait for the last frame; the answer's body, or the server's Fault."""
         await self._finished.wait()

@@ -110,7 +110,7 @@ class Link:
 
     # --- receiving ---------------------------------------------------------------------------------------------
 
-    def receive_data(self, data: bytes | bytearray, now: float) -> list[Frame]:
+    def receive_data(self, data: bytes | bytearray | memoryview, now: float) -> list[Frame]:
         """Take bytes from the peer; return what the driver must act on, in order."""
         if self.state is LinkState.CLOSED:
             raise RemoteProtocolError("the link is closed")

@@ -28,7 +28,7 @@ CLOSE_TIMEOUT = 2.0
 SILENCE = 95.0
 """Seconds: three pings that did not come."""
 
-RECEIVE_BUFFER = 128 * 1024
+RECEIVE_BUFFER = 256 * 1024
 """Of a flood, one or two messages with their heads."""
 
 _BEYOND_HTTP = 4000

@@ -57,6 +57,9 @@ MAX_REQUESTS = 100_000
 READ_BYTES = 64 * 1024
 """Taken off a socket at a time."""
 
+BULK_BYTES = 256 * 1024
+"""The same, once so much has come at a time: a piece of an upload costs a dozen hops, whatever its size."""
+
 QUEUED_CHUNKS = 2
 """Pieces of a body (64 KiB each) between the socket and the handler."""
 
@@ -173,9 +176,11 @@ class _Connection(TCPServer):
             made.server,
             made.send,
         )
+        size = READ_BYTES
         try:
             while protocol.upgrade is None:
-                data = bytes(await self.stream.receive_some(READ_BYTES))
+                data = bytes(await self.stream.receive_some(size))
+                size = BULK_BYTES if len(data) >= READ_BYTES else READ_BYTES
                 await made.handle(RawData(data))
                 if not data:
                     break

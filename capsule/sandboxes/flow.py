@@ -21,6 +21,10 @@ FIRST_SECONDS = 60.0
 """For its first word, when there is nothing to do for it but to open a file."""
 
 
+BATCH_BYTES = 256 * 1024
+"""Handed on as one piece, if so much has come: each piece costs as much as copying it ten times."""
+
+
 def _unheard(_channel: int, _data: bytes) -> None:
     """Nothing of interest."""
 
@@ -49,6 +53,7 @@ async def content(stream: OpenedStream, size: int | None) -> AsyncGenerator[byte
         channel, data = chunk
         if channel != CONTENT_CHANNEL:
             continue
+        data = with_more(stream, channel, data)
         count += len(data)
         if size is not None and count > size:
             raise guest.nonsense()
@@ -56,6 +61,12 @@ async def content(stream: OpenedStream, size: int | None) -> AsyncGenerator[byte
     await stream.reply()
     if size is not None and count < size:
         raise guest.nonsense()
+
+
+def with_more(stream: OpenedStream, channel: int, data: bytes) -> bytes:
+    """`data`, which was just read, and what has come behind it on the same channel: BATCH_BYTES at most."""
+    more = stream.more(channel, BATCH_BYTES - len(data))
+    return b"".join((data, *more)) if more else data
 
 
 async def pour(

@@ -22,6 +22,7 @@ from capsule import errors
 from capsule.model import ProcessExit
 from capsule.sandboxes import guest
 from capsule.sandboxes.failures import as_error
+from capsule.sandboxes.flow import with_more
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -91,7 +92,7 @@ class LiveProcess:
         """Output as (1 or 2, bytes). When there is no more: raises why it broke off, ends if the process did."""
         async for channel, data in self._stream:
             if channel in OUTPUT_CHANNELS and not (self.terminal and channel == STDERR_CHANNEL):
-                return channel, data
+                return channel, with_more(self._stream, channel, data)
             if channel != NOTICE_CHANNEL:
                 raise guest.nonsense()
             self.skipped += guest.notice(guest.Skipped, data).skipped

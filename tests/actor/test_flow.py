@@ -55,6 +55,50 @@ async def test_chunk_sizes(joined, size):
         assert [channel for channel, _ in chunks] == [n for n in (3, 0, 255) for _ in range(1 + (size > 65_536))]
 
 
+async def test_more_takes_what_has_come_on_the_same_channel(joined):
+    """Not what another channel brought between, no more than asked for, no piece of a chunk; it never waits. Small
+    chunks and large ones alike, and all of it counts for the next grant."""
+    chunks = [(1, b"a" * 1000), (1, b"b"), (1, b"c" * 3000), (1, b"d" * 600), (2, b"e"), (2, b"f" * 700), (1, b"g")]
+
+    async def print_all(method, body, stream):
+        for channel, data in chunks:
+            await stream.send(data, channel=channel)
+        async for _ in stream:
+            pass
+        return {}
+
+    async with joined(print_all) as (opener, _), opener.open_stream("m", {}) as stream:
+        await wait_all_tasks_blocked()
+        assert await anext(stream) == chunks[0]
+        assert stream.more(1, 3500) == [b"b", b"c" * 3000]
+        assert stream.more(1, 3500) == [b"d" * 600]
+        assert stream.more(1, 3500) == []
+        assert await anext(stream) == chunks[4]
+        assert stream.more(2, 699) == []
+        assert stream.more(2, 700) == [b"f" * 700]
+        assert await anext(stream) == chunks[6]
+        assert stream.more(1, 3500) == []
+        assert stream.inbox._consumed == sum(len(data) for _, data in chunks)
+        await stream.end()
+        assert await stream.reply() == {}
+
+
+async def test_more_grants_credit(joined):
+    """A reader that takes most by `more` holds nobody up."""
+
+    async def print_much(method, body, stream):
+        for _ in range(64):
+            await stream.send(bytes(65_536))
+        return {}
+
+    async with joined(print_much) as (opener, _), opener.open_stream("m", {}) as stream:
+        count = 0
+        async for channel, data in stream:
+            count += len(data) + sum(map(len, stream.more(channel, 262_144)))
+        assert count == 64 * 65_536
+        assert await stream.reply() == {}
+
+
 async def test_a_reader_that_stops_stops_the_server(joined):
     """Nobody reads: the server sends its credit and not a byte more. Reading half of it lets exactly that follow."""
     sent = 0
