@@ -143,6 +143,13 @@ def test_a_slow_owner_stops_the_process_and_loses_nothing(guest, client, until):
     got = b""
     while len(got) < 900:  # of the 1000, less the notice
         got += slow.stream_frame(stream).data
+
+    def held():
+        stream, notice = attach(client, "t", observe=True)
+        leave(client, stream)
+        return notice["replay"]
+
+    until(lambda: held() == RING, "it goes on until the ring is full")
     eager, notice = attach(client, "t", observe=True)
     begin = notice["offset"]
     assert begin < 1000
