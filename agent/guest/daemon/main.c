@@ -6,7 +6,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -77,14 +76,6 @@ static void serve_until_stopped(void) {
 
 /* --- PID 1 -------------------------------------------------------------------------------------------------- */
 
-/* Before everything the user runs, which pays for itself: what a process prints does not wait until another has used up
- * its time, and one that prints a lot fills its pipe while we wait, instead of taking turns with us at every piece of it.
- * Children are as all others. (A kernel that refuses serves, too.) */
-static void be_first(void) {
-    const struct sched_param lowest = {.sched_priority = 1};
-    sched_setscheduler(0, SCHED_RR | SCHED_RESET_ON_FORK, &lowest);
-}
-
 static void run_guest(void) {
     struct BootSettings settings;
     boot_early_mounts();
@@ -100,7 +91,6 @@ static void run_guest(void) {
     if (connections_listen(settings.address, SERVICE_PORT, settings.gateway) == 0) {
         boot_fail("listen");
     }
-    be_first();
     info_ready_now();
     printf("CAPSULE-READY %.3f\n", (double)info_boot_ns() / 1e9);
     fflush(stdout);
