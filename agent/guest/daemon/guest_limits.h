@@ -58,8 +58,8 @@
  * of the other. */
 #define BULK_PIPE_BYTES (256 * KIB)
 
-/* From this much on a frame's bytes go from the pipe to the socket by splice(2): under emulation the two copies cost more
- * than all the rest, and for less the two calls more do. */
+/* From this much on a frame's bytes go from the pipe to the socket by splice(2): under emulation the two copies are a third
+ * of the guest's work for them. For less, the calls it takes cost more. */
 #define SPLICE_BYTES (16 * KIB)
 
 /* The last output of a detached process; also how far it may be ahead of its reader. */
