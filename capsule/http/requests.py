@@ -86,7 +86,7 @@ class RequestBody:
         return self
 
     async def __anext__(self) -> bytes:
-        """The next piece (1 byte to 64 KiB); RequestTimeout when none comes for CHUNK_TIMEOUT seconds."""
+        """The next piece (1 byte to 256 KiB); RequestTimeout when none comes for CHUNK_TIMEOUT seconds."""
         with trio.move_on_after(CHUNK_TIMEOUT):
             try:
                 return await self._receive.receive()

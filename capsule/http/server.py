@@ -61,7 +61,7 @@ BULK_BYTES = 256 * 1024
 """The same, once so much has come at a time: a piece of an upload costs a dozen hops, whatever its size."""
 
 QUEUED_CHUNKS = 2
-"""Pieces of a body (64 KiB each) between the socket and the handler."""
+"""Pieces of a body (BULK_BYTES each at most) between the socket and the handler."""
 
 log = structlog.get_logger()
 

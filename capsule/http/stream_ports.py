@@ -40,7 +40,7 @@ class ProcessStream(Protocol):
         ...
 
     def __aiter__(self) -> AsyncIterator[tuple[int, bytes]]:
-        """Output as (1 for stdout or the terminal, 2 for stderr; 1 to 65 536 bytes), until it has ended."""
+        """Output as (1 for stdout or the terminal, 2 for stderr; 1 byte to 256 KiB), until it has ended."""
         ...
 
     async def exit(self) -> ProcessExit:

@@ -18,7 +18,7 @@ WRITE_TIMEOUT = 30.0
 this a client that stops reading would keep its connection, its handler and our shutdown for ever."""
 
 WRITE_BYTES = 65 * 1024
-"""What comes from a host in one piece (64 KiB), with the head of a message or chunk: it leaves in one piece, too."""
+"""Written at a time, and what a client has its patience for: 64 KiB with the head of a message or chunk."""
 
 CLIENT = "capsule.client"
 """A request's ClientStream in its scope's `state`, which is where ASGI has what belongs to the connection."""
