@@ -32,12 +32,30 @@ _RECORD = struct.Struct(">BH")
 
 
 class Growth:
-    """What the windows of one connection have grown by."""
+    """What the windows of one connection have grown by. `alone`: only that of a stream beside which there is no other
+    grows, and it shrinks again when another comes. What a flood has under way is what a terminal's echo waits behind,
+    and a near peer gains little by it: a distant one would lose its speed."""
 
-    __slots__ = ("_left",)
+    __slots__ = ("_alone", "_left", "_windows")
 
-    def __init__(self, limit: int = GROWN_BYTES) -> None:
+    def __init__(self, limit: int = GROWN_BYTES, *, alone: bool = False) -> None:
         self._left = limit
+        self._alone = alone
+        self._windows = 0
+
+    def enter(self) -> None:
+        """A window more."""
+        self._windows += 1
+
+    def leave(self, grown: int) -> None:
+        """A window is gone that had grown by so much."""
+        self._windows -= 1
+        self._left += grown
+
+    @property
+    def crowded(self) -> bool:
+        """Whether no window may be larger than the initial credit."""
+        return self._alone and self._windows > 1
 
     def take(self, amount: int) -> bool:
         """Whether there were `amount` bytes left."""
@@ -47,7 +65,7 @@ class Growth:
         return True
 
     def give_back(self, amount: int) -> None:
-        """A window is gone."""
+        """A window has shrunk."""
         self._left += amount
 
 
@@ -55,7 +73,8 @@ class Inbox:
     """Chunks of one stream. Bounded by the credit that the link enforces: at most four bytes held for each of it.
 
     The window, what the sender may have sent beyond what was read, starts as the initial credit and is granted anew
-    each time half of it was read. It doubles when the reader had by then read everything, as far as `growth` goes.
+    each time half of it was read. It doubles when the reader had by then read everything, as far as `growth` goes, and
+    shrinks, when `growth` says so, by what is read.
     """
 
     __slots__ = ("_chunks", "_consumed", "_growth", "_link", "_offset", "_stream", "_waiting", "_window", "finished")
@@ -63,6 +82,7 @@ class Inbox:
     def __init__(self, link: Link, stream: int, growth: Growth) -> None:
         self.finished = False
         self._growth = growth
+        self._growth.enter()
         self._link = link
         self._stream = stream
         self._chunks: deque[tuple[int, bytes] | bytearray] = deque()
@@ -91,7 +111,7 @@ class Inbox:
     def discard(self) -> None:
         """Nobody reads any more. The owner's last word, always: what the window has grown by is others' then."""
         self._chunks.clear()
-        self._growth.give_back(self._window - INITIAL_CREDIT)
+        self._growth.leave(self._window - INITIAL_CREDIT)
         self._window = INITIAL_CREDIT
 
     async def get(self) -> tuple[int, bytes] | None:
@@ -142,12 +162,24 @@ class Inbox:
         """Whether a CREDIT frame was queued for what has been read."""
         if self._consumed < self._window // 2 or self.finished or not self._link.has_stream(self._stream):
             return False
-        amount, self._consumed = self._consumed, 0
-        if not self._chunks and self._window < MAX_WINDOW_BYTES and self._growth.take(self._window):
-            amount += self._window
-            self._window *= 2
-        self._link.grant(self._stream, amount)
-        return True
+        amount = self._consumed + self._resize()
+        self._consumed = 0
+        if amount > 0:
+            self._link.grant(self._stream, amount)
+        return amount > 0
+
+    def _resize(self) -> int:
+        """What to grant beyond what was read; negative: of that, what is not granted again."""
+        if self._growth.crowded:
+            change = -min(self._window - INITIAL_CREDIT, self._consumed)
+            self._growth.give_back(-change)
+        elif not self._chunks and self._window < MAX_WINDOW_BYTES:
+            change = min(self._window, MAX_WINDOW_BYTES - self._window)
+            change = change if self._growth.take(change) else 0
+        else:
+            change = 0
+        self._window += change
+        return change
 
     def _wake(self) -> None:
         if self._waiting is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from agent.actor.connection import Connection, cut, lost
-from agent.actor.inbox import Inbox
+from agent.actor.inbox import Growth, Inbox
 from agent.wire import limits
 from agent.wire.faults import Fault, FaultCode, LocalProtocolError
 from agent.wire.link import Link, LinkState, Role
@@ -35,11 +35,13 @@ class OpenerPeer(Connection):
         *,
         max_frame_bytes: int = limits.MAX_FRAME_BYTES,
         max_depth: int = limits.MAX_DEPTH,
+        growth: Growth | None = None,
     ) -> None:
         """`max_frame_bytes`, `max_depth`: a hostile server's largest answer costs up to 1 µs and 70 bytes per byte to
-        decode, the more the deeper it is nested."""
+        decode, the more the deeper it is nested. `growth`: of the windows; None: as is usual between distant peers."""
         link = Link(Role.OPENER, now=trio.current_time(), max_frame_bytes=max_frame_bytes, max_depth=max_depth)
         super().__init__(stream, link)
+        self.growth = growth or self.growth
         self._streams: dict[int, OpenedStream] = {}
 
     async def call(self, method: str, body: dict[str, Any], *, timeout: float) -> dict[str, Any]:  # noqa: ASYNC109

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 import trio
 
+from agent.actor.inbox import Growth
 from agent.actor.peer import OpenedStream, OpenerPeer
 from agent.actor.supervise import RestartPolicy
 from agent.wire.faults import Fault, FaultCode
@@ -73,7 +74,12 @@ class GuestLink:
         """Connect, serve, connect again; until cancelled."""
         failures = 0
         while True:
-            peer = OpenerPeer(await self._dial(), max_frame_bytes=MAX_GUEST_FRAME_BYTES, max_depth=MAX_GUEST_DEPTH)
+            peer = OpenerPeer(
+                await self._dial(),
+                max_frame_bytes=MAX_GUEST_FRAME_BYTES,
+                max_depth=MAX_GUEST_DEPTH,
+                growth=Growth(alone=True),
+            )
             began = trio.current_time()
             try:
                 await self._serve(peer)

@@ -7,7 +7,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from agent.actor.connection import BATCH_BYTES
-from agent.actor.inbox import MAX_WINDOW_BYTES, Growth
+from agent.actor.inbox import GROWN_BYTES, MAX_WINDOW_BYTES, Growth
 from agent.actor.peer import OpenerPeer
 from agent.wire import limits
 from agent.wire.link import Link, Role
@@ -238,6 +238,37 @@ async def test_all_windows_together_grow_only_so_far(joined):
                 assert await read(second) == limits.INITIAL_CREDIT
         async with opener.open_stream("m", {}) as third:
             assert await read(third) == MAX_WINDOW_BYTES
+
+
+async def test_a_window_that_may_only_grow_alone_shrinks_when_another_comes(joined):
+    """By what is read: then no more than the initial credit is under way. Alone again, it grows again; no byte is lost
+    in either."""
+    sent = read = 0
+
+    async def pour(method, body, stream):
+        nonlocal sent
+        while method == "m":
+            await stream.send(sent.to_bytes(4) * 16_384)
+            sent += 1
+        await trio.sleep_forever()
+
+    async def window_after_reading(stream):
+        nonlocal read
+        for _ in range(64):
+            assert (await anext(stream))[1] == read.to_bytes(4) * 16_384
+            read += 1
+        await wait_all_tasks_blocked()
+        return stream.inbox._window
+
+    async with joined(pour) as (opener, _):
+        opener.growth = Growth(alone=True)
+        async with opener.open_stream("m", {}) as stream:
+            assert await window_after_reading(stream) == MAX_WINDOW_BYTES
+            async with opener.open_stream("another", {}):
+                assert await window_after_reading(stream) == limits.INITIAL_CREDIT
+                assert 65_536 * (sent - read) <= limits.INITIAL_CREDIT
+            assert await window_after_reading(stream) == MAX_WINDOW_BYTES
+        assert opener.growth.take(GROWN_BYTES)  # all was given back
 
 
 async def test_a_conversation_needs_no_end(joined):
