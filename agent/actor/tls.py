@@ -23,6 +23,8 @@ READ_BYTES = 256 * 1024
 """Taken off the socket at a time, and decrypted."""
 WRITE_BYTES = 256 * 1024
 """Encrypted at a time."""
+RECORDS = 1024
+"""Decrypted at a time at most: a peer may put each of its bytes into one of its own."""
 _LOST = (OSError, ValueError)
 
 
@@ -141,7 +143,9 @@ class TlsStream(trio.abc.Stream):
         """Up to `want` bytes of what was taken, empty at the end; None when more must be taken first. OSError."""
         got = 0
         try:
-            while got < want and (read := cast("int", self._tls.read(want - got, self._buffer[got:want]))):
+            for _ in range(RECORDS):
+                if got == want or not (read := cast("int", self._tls.read(want - got, self._buffer[got:want]))):
+                    break
                 got += read
         except ssl.SSLWantReadError:
             if not got:

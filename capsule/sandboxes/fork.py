@@ -74,8 +74,8 @@ class Forker:
         if earlier is None:
             try:
                 return await self._fork_anew(principal, request, key)
-            except errors.DatabaseUnavailable:
-                raise  # what is there by now may be our own, with nobody at work on it
+            except (errors.DatabaseUnavailable, errors.Busy):
+                raise  # what is there by now may be our own, with nobody at work on it, or was waited for already
             except errors.CapsuleError as err:
                 failure = err
             # What stood in the way may be the children of this very request, by way of another control plane.

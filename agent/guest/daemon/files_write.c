@@ -121,33 +121,24 @@ static void check_size(const struct FileRequest *request, uint64_t total, bool w
     }
 }
 
-/* The next piece, from the pipe into the file; 0 at the end. By way of our memory where the file system has no other. */
-static size_t write_some(int fd, const struct FileRequest *request) {
-    static uint8_t buffer[MAX_DATA_BYTES];
-    ssize_t count;
-    do {
-        count = splice(STDIN_FILENO, NULL, fd, NULL, BULK_PIPE_BYTES, 0);
-    } while (count < 0 && errno == EINTR);
-    if (count >= 0) {
-        return (size_t)count;
-    }
-    if (errno != EINVAL) {
-        worker_errno(errno, request->path);
-    }
-    do {
-        count = read(STDIN_FILENO, buffer, sizeof buffer);
-    } while (count < 0 && errno == EINTR);
-    if (count > 0 && !write_all(fd, buffer, (size_t)count)) {
-        worker_errno(errno, request->path);
-    }
-    return count > 0 ? (size_t)count : 0;
-}
-
+/* (Not by splice(2): that holds the pipe's lock for as long as the file system takes, and the daemon, which writes into
+ * the pipe, would stand still with it.) */
 static void copy_content(int fd, const struct FileRequest *request) {
+    static uint8_t buffer[MAX_DATA_BYTES];
     uint64_t total = 0;
-    for (size_t count; (count = write_some(fd, request)) > 0;) {
-        total += count;
+    for (;;) {
+        ssize_t count = read(STDIN_FILENO, buffer, sizeof buffer);
+        if (count < 0 && errno == EINTR) {
+            continue;
+        }
+        if (count <= 0) {
+            break;
+        }
+        total += (uint64_t)count;
         check_size(request, total, false);
+        if (!write_all(fd, buffer, (size_t)count)) {
+            worker_errno(errno, request->path);
+        }
     }
     if (!worker_committed()) {
         worker_fault("cancelled", "the upload of %s broke off", request->path);

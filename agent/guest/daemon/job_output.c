@@ -1,5 +1,6 @@
 /* What a job's child prints: to its stream at once, or into its ring, from where its attachments take it. */
 #include <errno.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
@@ -79,9 +80,13 @@ static void pass(struct Job *job, int pipe, enum Channel channel, size_t count) 
     size_t left = count - connection_pass(connection, pipe, count);
     while (left > 0 && bytes_reserve(&connection->out, left)) {
         ssize_t got = read(pipe, bytes_tail(&connection->out), left);
-        if (got <= 0) { /* (a file's page that cannot be read after all: the frame cannot be completed) */
+        if (got < 0 && errno != EAGAIN) { /* (a file's page that cannot be read after all) */
             connection->broken = true;
             return;
+        }
+        if (got <= 0) { /* (somebody else reads the process's pipe, too, and took what was promised) */
+            memset(bytes_tail(&connection->out), 0, left);
+            got = (ssize_t)left;
         }
         connection->out.length += (size_t)got;
         left -= (size_t)got;

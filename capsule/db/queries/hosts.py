@@ -146,8 +146,16 @@ async def insert_registration_token(
 async def take_registration_token(tx: Connection, sha256: bytes) -> UUID | None:
     """Spend the token: the id of its host, or None when it is unknown, spent or expired, or the host is gone.
 
-    Of two that try at once one gets it. If the transaction rolls back, the token is unspent.
+    Of two that try at once one gets it. If the transaction rolls back, the token is unspent. Its host is locked first,
+    as by who makes the next one.
     """
+    await tx.execute(
+        """
+        select from hosts where id = (select host_id from host_registration_tokens where sha256 = $1)
+        for no key update
+        """,
+        sha256,
+    )
     host_id: UUID | None = await tx.fetchval(
         """
         update host_registration_tokens r set used_at = now() from hosts h
