@@ -132,8 +132,8 @@ async def test_the_limit_is_ten_mebibytes(virtual_clock, guest, run):
 
 async def test_the_budget_of_all(virtual_clock, world, guest, plane, sandbox, monkeypatch, nursery):
     """Many floods at once: those beyond the budget are 503 `busy`; it is given back, also by a client that left."""
-    monkeypatch.setattr(plane.execs.budget, "_limit", 250_000)
-    guest.says(guest.stdout(b"o" * 100_000), guest.pause(30), reply=ENDED)
+    monkeypatch.setattr(plane.execs.budget, "_limit", 125_000)
+    guest.says(guest.stdout(b"o" * 50_000), guest.pause(30), reply=ENDED)  # in one piece: it fits whole, or not at all
     outcomes = []
 
     async def run():
@@ -148,7 +148,7 @@ async def test_the_budget_of_all(virtual_clock, world, guest, plane, sandbox, mo
                 floods.start_soon(run)
             await trio.sleep(10)
             assert outcomes == ["busy"] * 3
-            assert 200_000 <= plane.execs.budget.held <= 250_000
+            assert 100_000 <= plane.execs.budget.held <= 125_000
             leaving.cancel()
     assert plane.execs.budget.held == 0
 
