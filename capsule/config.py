@@ -61,8 +61,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Seconds between the heartbeats of an agent."""
     heartbeat_timeout: Seconds = 90.0
     """Seconds of silence after which a host counts as unreachable: three heartbeats."""
-    host_token_lifetime: Annotated[float, msgspec.Meta(ge=60)] = 604_800.0
-    """Seconds a host's token is good for; agents renew theirs at half of that. What was signed keeps its own."""
+    host_token_lifetime: Annotated[float, msgspec.Meta(ge=60, le=5_184_000)] = 604_800.0
+    """Seconds a host's token is good for, no longer than the refresh token; agents renew theirs at half of that. What
+    was signed keeps its own."""
     trusted_proxies: str = ""
     """Networks (CIDR, separated by commas) of reverse proxies whose X-Forwarded-For names the client."""
     rate_limits: str = ""

@@ -36,6 +36,8 @@ def test_a_short_secret_key_is_refused_with_the_way_out(key):
         ("LOG_LEVEL", "loud"),
         ("CREATE_TIMEOUT", "-1"),
         ("CREATE_TIMEOUT", "soon"),
+        ("HOST_TOKEN_LIFETIME", "59"),
+        ("HOST_TOKEN_LIFETIME", "1e30"),
         ("LOG_JSON", "perhaps"),
         ("TRUSTED_PROXIES", "proxy"),
         ("TRUSTED_PROXIES", "10.0.0.1/8"),
